@@ -1,0 +1,247 @@
+"""The records that the rooms exchange: plain, frozen, and free of any deep-learning import.
+
+Axes: P prompts, G images per prompt, K kept images, T denoising steps, S latent tokens, C latent channels, B batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One spatial fact that a prompt states.
+
+    Attributes:
+        predicate: canonical name, for example ``"left of"`` or ``"in the centre"``.
+        subject: the object the fact is about, for example ``"red circle"``.
+        objects: what it is related to: nothing (absolute), one object, or two (``"between"``).
+    """
+
+    predicate: str
+    subject: str
+    objects: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every object the relation mentions, subject first."""
+        return (self.subject, *self.objects)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict; `from_json` is its inverse."""
+        return {"predicate": self.predicate, "subject": self.subject, "objects": list(self.objects)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Relation:
+        """Read what `to_json` wrote."""
+        return cls(value["predicate"], value["subject"], tuple(value["objects"]))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text together with the relations that it states, so that nobody ever has to parse it.
+
+    Attributes:
+        id: unique in a run; also seeds how the text is phrased.
+        text: what a generator reads.
+        scene: the place, for example ``"kitchen table"``.
+        relations: the facts, in the order of the text's clauses.
+    """
+
+    id: str
+    text: str
+    scene: str
+    relations: tuple[Relation, ...]
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """The named objects, in the order of their first mention among the relations."""
+        return tuple(dict.fromkeys(name for r in self.relations for name in r.names))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict; `from_json` is its inverse."""
+        return {"id": self.id, "text": self.text, "scene": self.scene, "relations": [r.to_json() for r in self.relations]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Prompt:
+        """Read what `to_json` wrote."""
+        relations = tuple(Relation.from_json(r) for r in value["relations"])
+        return cls(value["id"], value["text"], value["scene"], relations)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One changed relation of a pair.
+
+    Attributes:
+        kind: ``"flip"``, ``"swap"``, ``"move"`` or ``"depth"`` (front and back exchanged).
+        index: position of the relation in both prompts' ``relations``.
+        before, after: the relation in the perfect and in the perturbed prompt.
+        dependent: True when it only follows from another edit.
+    """
+
+    kind: str
+    index: int
+    before: Relation
+    after: Relation
+    dependent: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict; `from_json` is its inverse."""
+        return {"kind": self.kind, "index": self.index, "before": self.before.to_json(),
+                "after": self.after.to_json(), "dependent": self.dependent}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Edit:
+        """Read what `to_json` wrote."""
+        return cls(value["kind"], value["index"], Relation.from_json(value["before"]),
+                   Relation.from_json(value["after"]), value["dependent"])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A perfect prompt, the same prompt with only relations changed, and the changes."""
+
+    perfect: Prompt
+    perturbed: Prompt
+    edits: tuple[Edit, ...]
+
+    @property
+    def n_perturbations(self) -> int:
+        """How many edits were asked for; dependent ones do not count (the paper's "1" and "2-3")."""
+        return sum(not e.dependent for e in self.edits)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict; `from_json` is its inverse."""
+        return {"perfect": self.perfect.to_json(), "perturbed": self.perturbed.to_json(),
+                "edits": [e.to_json() for e in self.edits]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Pair:
+        """Read what `to_json` wrote."""
+        return cls(Prompt.from_json(value["perfect"]), Prompt.from_json(value["perturbed"]),
+                   tuple(Edit.from_json(e) for e in value["edits"]))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of one image under one prompt. ``None`` always means "not judged", never "wrong".
+
+    Attributes:
+        overall: every object once, every relation true, nothing else in the picture.
+        relations: one entry per ``prompt.relations``.
+        present: one entry per ``prompt.objects``: the object is there, well formed, exactly once.
+        clean: nothing is drawn that the prompt did not ask for.
+        judge: id of the judge, with its version.
+        evidence: what the judge saw (boxes, reasons), JSON-able.
+    """
+
+    overall: bool | None
+    relations: tuple[bool | None, ...]
+    present: tuple[bool | None, ...]
+    clean: bool | None
+    judge: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict; `from_json` is its inverse."""
+        return {"overall": self.overall, "relations": list(self.relations), "present": list(self.present),
+                "clean": self.clean, "judge": self.judge, "evidence": self.evidence}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Verdict:
+        """Read what `to_json` wrote."""
+        return cls(value["overall"], tuple(value["relations"]), tuple(value["present"]), value["clean"],
+                   value["judge"], value["evidence"])
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two images judged under one prompt: ``chosen`` follows its layout, ``rejected`` does not.
+
+    Attributes:
+        pair: the prompts and edits; ``pair.perfect`` is the prompt that both images are judged under.
+        chosen, rejected: encoded image files (PNG or WebP bytes).
+        generator: who drew them. seed: its seed.
+        verdicts: of the chosen image under the perfect prompt, and of the rejected one under the perturbed prompt.
+    """
+
+    pair: Pair
+    chosen: bytes
+    rejected: bytes
+    generator: str
+    seed: int
+    verdicts: tuple[Verdict, Verdict]
+
+    @property
+    def prompt(self) -> Prompt:
+        """The perfect prompt."""
+        return self.pair.perfect
+
+    def swap(self) -> Preference:
+        """The same two images seen from the perturbed prompt: chosen and rejected change places.
+
+        Valid because each image satisfies its own prompt, and every edit breaks the other's.
+        """
+        def back(e: Edit) -> Edit:
+            return dataclasses.replace(e, before=e.after, after=e.before)
+
+        pair = Pair(self.pair.perturbed, self.pair.perfect, tuple(back(e) for e in self.pair.edits))
+        return dataclasses.replace(self, pair=pair, chosen=self.rejected, rejected=self.chosen,
+                                   verdicts=(self.verdicts[1], self.verdicts[0]))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of B images. A NaN mean says "not judged".
+
+    Attributes:
+        mean: float64 [B], unbounded, higher is better.
+        std: float64 [B], or None where the scorer has no idea of its own doubt.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray | None = None
+
+
+@dataclass
+class Rollout:
+    """Trajectories of P prompts x G images through T denoising steps.
+
+    Attributes:
+        prompts: the P prompts.
+        images: [P][G] decoded pictures.
+        latents: float32 [P, G, T+1, S, C], noise first, picture last.
+        log_probs: float32 [P, G, T], mean over latent elements, NaN at steps without noise.
+        sigmas: float32 [T+1], the schedule, 1 = noise.
+        valid: bool [P, G], or None for "all": False marks the padding of a ragged selection.
+    """
+
+    prompts: list[Prompt]
+    images: list[list[Image]]
+    latents: Tensor
+    log_probs: Tensor
+    sigmas: Tensor
+    valid: Tensor | None = None
+
+    def take(self, index: Tensor) -> Rollout:
+        """Keep some images of each group.
+
+        Args:
+            index: int64 [P, K], positions in the group; -1 pads a group that keeps fewer than K.
+
+        Returns:
+            A rollout whose G is K; its ``valid`` is False where the index was -1.
+        """
+        safe = index.clamp(min=0)
+        row = (safe * 0 + 1).cumsum(0) - 1  # [P, K], the prompt of each entry, without importing torch here
+        images = [[self.images[p][g] for g in chosen] for p, chosen in enumerate(safe.tolist())]
+        return Rollout(self.prompts, images, self.latents[row, safe], self.log_probs[row, safe], self.sigmas, index >= 0)
