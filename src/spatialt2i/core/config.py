@@ -6,13 +6,27 @@ Defaults are the paper's values (arXiv 2602.24233). Where it is silent the comme
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+PRESETS = Path(__file__).resolve().parent.parent / "presets"
 
 
 def setting(default: Any, help: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None,
             choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with a meaning and a range, both shown by ``--help`` and enforced by the loader."""
+    """A dataclass field with a meaning and a range, both shown by ``--help``; the loader enforces the range.
+
+    The range of a tuple holds for each of its numbers.
+    """
     meta = {"help": help, "ge": ge, "gt": gt, "le": le, "choices": choices}
     return field(default=default, metadata={k: v for k, v in meta.items() if v is not None})
 
@@ -27,7 +41,7 @@ class DataConfig:
     pairs: int = setting(80_000, "candidate pairs to write; verification keeps most of them", ge=1)
     relations: tuple[float, ...] = setting(  # figure "relations per prompt"
         (0, 0, 503, 3348, 10572, 15572, 19054, 13829, 11056, 3430, 1428, 357),
-        "relative frequency of prompts with 1, 2, 3 ... relations")
+        "relative frequency of prompts with 1, 2, 3 ... relations", ge=0)
     one_perturbation: float = setting(0.49, "share of pairs with one edit; the others have two or three", ge=0, le=1)
     wrong_layout: float = setting(0.1, "share of images painted with a wrong layout (tiny painter only)", ge=0, le=1)
     validation: float = setting(0.02, "share of pairs in the validation split", ge=0, le=0.5)  # [ours]
@@ -113,7 +127,7 @@ class RLConfig:
     gallery_prompts: int = setting(8, "prompts of a gallery", ge=1)  # [ours]
     gate_tolerance: float = setting(1e-4, "largest |log ratio| of a replayed rollout before the first update", gt=0)  # [ours]
     relations: tuple[float, ...] = setting((0, 0, 503, 3348, 10572, 15572, 19054, 13829, 11056, 3430, 1428, 357),
-                                           "relative frequency of training prompts with 1, 2, 3 ... relations")
+                                           "relative frequency of training prompts with 1, 2, 3 ... relations", ge=0)
 
 
 @dataclass(frozen=True)
@@ -122,8 +136,8 @@ class BenchConfig:
 
     in_domain_prompts: int = setting(200, "held-out prompts with in_domain_relations", ge=2)  # [ours]
     hard_prompts: int = setting(200, "held-out prompts with hard_relations", ge=2)  # [ours]
-    in_domain_relations: tuple[int, ...] = setting((3, 4, 5, 6), "numbers of relations of the in-domain set")  # [ours]
-    hard_relations: tuple[int, ...] = setting((7, 8, 9, 10), "numbers of relations of the hard set")  # [ours]
+    in_domain_relations: tuple[int, ...] = setting((3, 4, 5, 6), "numbers of relations of the in-domain set", ge=1)  # [ours]
+    hard_relations: tuple[int, ...] = setting((7, 8, 9, 10), "numbers of relations of the hard set", ge=1)  # [ours]
     images_per_prompt: int = setting(1, "images per prompt and model, seeds 0, 1, ...", ge=1)  # [ours]
     bootstrap: int = setting(10_000, "resamples of the paired bootstrap", ge=100)  # [ours]
 
@@ -139,3 +153,239 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist or must not have this value; the message says where, what and what else."""
+
+
+class Setting(NamedTuple):
+    """One row of ``--help``: ``rl.top_k``, ``int >= 0``, ``6``, and what it means."""
+
+    key: str
+    type: str
+    default: str
+    help: str
+
+
+def preset_names() -> list[str]:
+    """The names of the shipped presets."""
+    return sorted(p.stem for p in PRESETS.glob("*.toml"))
+
+
+def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, changed by a preset, changed by overrides.
+
+    Args:
+        preset: the name of a shipped preset, or a TOML file (a run's ``config.toml`` is one).
+        overrides: ``rl.top_k=6``; the value is TOML, and a bare word is a string.
+
+    Raises:
+        ConfigError: unknown preset, unknown key, wrong type, value out of range, settings that exclude each other.
+    """
+    path = _preset_path(preset)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: not a TOML file: {e}") from e
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from e
+    values: dict[str, Any] = {}
+    for key, value in _flat(table):
+        if value != {} or not hasattr(Config(), key):  # an empty section is fine where the section exists
+            values[key] = _checked(key, value, str(path))
+    for override in overrides:
+        key, sign, text = (part.strip() for part in override.partition("="))
+        if not sign or not key:
+            raise ConfigError(f"override {override!r}: expected KEY=VALUE, for example rl.top_k=6")
+        values[key] = _checked(key, _override_value(text), f"override {override!r}")
+    config = _build(Config, "", values)
+    _check_together(config, f"{path}" + (f" with {' '.join(overrides)}" if overrides else ""))
+    return config
+
+
+def to_dict(section: Any) -> dict[str, Any]:
+    """A config, or one section of it, as nested dicts of JSON-able values; floats are floats even where written 1."""
+    out: dict[str, Any] = {}
+    for name, kind in get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if dataclasses.is_dataclass(kind):
+            out[name] = to_dict(value)
+        elif get_origin(kind) is tuple:
+            out[name] = [get_args(kind)[0](v) for v in value]
+        else:
+            out[name] = kind(value)
+    return out
+
+
+def to_toml(config: Any) -> str:
+    """TOML text that `load_config` reads back to an equal config."""
+    tables: list[str] = [""]
+
+    def write(values: dict[str, Any], prefix: str) -> None:
+        here = len(tables) - 1
+        for name, value in values.items():
+            if isinstance(value, dict):
+                tables.append(f"\n[{prefix}{name}]\n")
+                write(value, f"{prefix}{name}.")
+            else:
+                tables[here] += f"{name} = {_toml(value)}\n"
+
+    write(to_dict(config), "")
+    return "".join(tables)
+
+
+def section_hash(section: Any) -> str:
+    """16 hex digits that change when any value of the section (or config) changes."""
+    return hashlib.sha256(json.dumps(to_dict(section), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+    """The settings in which two configs differ: (dotted key, value in a, value in b)."""
+    left, right = dict(_flat(to_dict(a))), dict(_flat(to_dict(b)))
+    return [(key, left[key], right[key]) for key in left if left[key] != right[key]]
+
+
+def describe(config: Config, sections: Sequence[str] | None = None) -> list[Setting]:
+    """Every setting with its type, its value in ``config`` and its meaning, for ``--help`` and documentation.
+
+    Args:
+        config: whose values are shown; ``Config()`` shows the defaults.
+        sections: only these sections, besides the settings that belong to none; None shows all.
+    """
+    values = dict(_flat(to_dict(config)))
+    return [Setting(key, _expected(kind, field_), _toml(values[key]), field_.metadata.get("help", ""))
+            for key, (kind, field_) in _fields().items()
+            if sections is None or "." not in key or key.split(".")[0] in sections]
+
+
+def _preset_path(preset: str | Path) -> Path:
+    names = preset_names()
+    if preset in names:
+        return PRESETS / f"{preset}.toml"
+    path = Path(preset)
+    if path.is_file():
+        return path
+    if isinstance(preset, Path) or path.suffix or len(path.parts) > 1:
+        raise ConfigError(f"preset {str(preset)!r}: no such file; expected a TOML file or one of {', '.join(names)}")
+    raise ConfigError(f"preset {preset!r}: no such preset or file; expected a TOML file or one of {', '.join(names)}"
+                      + _nearest(preset, names))
+
+
+@cache
+def _fields() -> dict[str, tuple[Any, dataclasses.Field]]:
+    """Dotted key -> (type, field) of every setting of `Config`."""
+    def walk(cls: type, prefix: str) -> Iterator[tuple[str, tuple[Any, dataclasses.Field]]]:
+        hints = get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(hints[f.name]):
+                yield from walk(hints[f.name], f"{prefix}{f.name}.")
+            else:
+                yield prefix + f.name, (hints[f.name], f)
+
+    return dict(walk(Config, ""))
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _build(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
+    chosen = {}
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            chosen[name] = _build(kind, f"{prefix}{name}.", values)
+        elif prefix + name in values:
+            chosen[name] = values[prefix + name]
+    return cls(**chosen)
+
+
+def _override_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if parsed.keys() == {"value"} else text
+
+
+def _checked(key: str, value: Any, where: str) -> Any:
+    """The value in the type of its field, or an error that names everything needed to mend it."""
+    fields = _fields()
+    if key not in fields:
+        inside = [k for k in fields if k.startswith(key + ".")]
+        if inside:
+            raise ConfigError(f"{where}: {key} = {_toml(value)}: {key} is a section; expected a setting in it, "
+                              f"such as {inside[0]}")
+        raise ConfigError(f"{where}: {key} = {_toml(value)}: there is no setting {key}; expected one that --help lists"
+                          + _nearest(key, fields))
+    kind, field_ = fields[key]
+    error = ConfigError(f"{where}: {key} = {_toml(value)}: expected {_expected(kind, field_)}"
+                        + (_nearest(value, field_.metadata["choices"]) if "choices" in field_.metadata else ""))
+    if get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise error
+        return tuple(_scalar(v, get_args(kind)[0], field_, error) for v in value)
+    return _scalar(value, kind, field_, error)
+
+
+def _scalar(value: Any, kind: type, field_: dataclasses.Field, error: ConfigError) -> Any:
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):  # not isinstance: True is no int here
+        raise error
+    rule = field_.metadata
+    if ("choices" in rule and value not in rule["choices"] or "ge" in rule and value < rule["ge"]
+            or "gt" in rule and value <= rule["gt"] or "le" in rule and value > rule["le"]):
+        raise error
+    return value
+
+
+def _check_together(config: Config, where: str) -> None:
+    """Ranges that span two settings."""
+    rl, data = config.rl, config.data
+    if 2 * rl.top_k > rl.group:
+        raise ConfigError(f"{where}: rl.top_k = {rl.top_k}: expected at most half of rl.group = {rl.group}, "
+                          "because the k best and the k worst must be different images")
+    if rl.train_from + rl.train_steps > rl.rollout_steps:
+        raise ConfigError(f"{where}: rl.train_from = {rl.train_from} with rl.train_steps = {rl.train_steps}: expected "
+                          f"their sum to be at most rl.rollout_steps = {rl.rollout_steps}")
+    if data.validation + data.test >= 1:
+        raise ConfigError(f"{where}: data.validation = {data.validation} with data.test = {data.test}: expected their "
+                          "sum to be below 1, or nothing is left to train on")
+    for key, weights in (("data.relations", data.relations), ("rl.relations", rl.relations)):
+        if sum(weights) <= 0:
+            raise ConfigError(f"{where}: {key} = {_toml(weights)}: expected at least one number above 0")
+
+
+def _expected(kind: Any, field_: dataclasses.Field) -> str:
+    rule = field_.metadata
+    if "choices" in rule:
+        return "one of " + ", ".join(rule["choices"])
+    name = f"list of {get_args(kind)[0].__name__}" if get_origin(kind) is tuple else kind.__name__
+    signs = (("ge", ">="), ("gt", ">"), ("le", "<="))
+    return " ".join([name, " and ".join(f"{sign} {rule[bound]}" for bound, sign in signs if bound in rule)]).strip()
+
+
+def _nearest(word: Any, words: Any) -> str:
+    """``; did you mean X?`` where one of the words is near, by the whole word or by its last part."""
+    if not isinstance(word, str):
+        return ""
+    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    if not near:
+        ends = {w.rsplit(".", 1)[-1]: w for w in words}
+        near = [ends[e] for e in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(ends), n=1, cutoff=0.6)]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_toml(v) for v in value)}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    return str(value)

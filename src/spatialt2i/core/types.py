@@ -6,14 +6,24 @@ Axes: P prompts, G images per prompt, K kept images, T denoising steps, S latent
 from __future__ import annotations
 
 import dataclasses
+import io
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
+from PIL.Image import Image
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
+
+# "left" or "right" with what may be glued to it (leftmost, rightward); "bright" and "leftover" are not meant
+_SIDE = re.compile(r"\b(left|right)(most|wards?|hand)?\b", re.IGNORECASE)
+# "right in the middle", "right next to": an adverb and no side, unless the word before makes it a noun
+_ADVERB = re.compile(r"\s+(in|at|on|next|above|below|behind|beside|between|under|over|by|against)\b", re.IGNORECASE)
+_NOUN = re.compile(r"\b(the|to|its|their|on|far|further|farther|top|bottom|upper|lower|front|back|rear|centre|center)[\s-]+$",
+                   re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -197,6 +207,46 @@ class Preference:
         pair = Pair(self.pair.perturbed, self.pair.perfect, tuple(back(e) for e in self.pair.edits))
         return dataclasses.replace(self, pair=pair, chosen=self.rejected, rejected=self.chosen,
                                    verdicts=(self.verdicts[1], self.verdicts[0]))
+
+    def mirror(self) -> Preference:
+        """Both images flipped horizontally, with left and right exchanged in texts, predicates and object names.
+
+        The images become PNG, without loss. The verdicts stay, but not their evidence, whose boxes no longer fit.
+        """
+        def relation(r: Relation) -> Relation:
+            return Relation(mirror_text(r.predicate), mirror_text(r.subject), tuple(mirror_text(o) for o in r.objects))
+
+        def prompt(p: Prompt) -> Prompt:
+            return Prompt(p.id, mirror_text(p.text), mirror_text(p.scene), tuple(relation(r) for r in p.relations))
+
+        edits = tuple(dataclasses.replace(e, before=relation(e.before), after=relation(e.after)) for e in self.pair.edits)
+        chosen_verdict, rejected_verdict = (dataclasses.replace(v, evidence={}) for v in self.verdicts)
+        return dataclasses.replace(
+            self, pair=Pair(prompt(self.pair.perfect), prompt(self.pair.perturbed), edits),
+            chosen=_mirror_image(self.chosen), rejected=_mirror_image(self.rejected),
+            verdicts=(chosen_verdict, rejected_verdict))
+
+
+def mirror_text(text: str) -> str:
+    """The text with left and right exchanged where they name a side; its own inverse.
+
+    "right in the middle" and "right next to" stay, because no side is meant.
+    """
+    def exchange(match: re.Match[str]) -> str:
+        if not match[2] and _ADVERB.match(text, match.end()) and not _NOUN.search(text, 0, match.start()):
+            return match[0]
+        word = "right" if match[1].lower() == "left" else "left"
+        shaped = word.upper() if match[1].isupper() else word.capitalize() if match[1][0].isupper() else word
+        return shaped + (match[2] or "")
+
+    return _SIDE.sub(exchange, text)
+
+
+def _mirror_image(data: bytes) -> bytes:
+    out = io.BytesIO()
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT).save(out, "PNG")
+    return out.getvalue()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,344 @@
+"""A run is a folder: the resolved config, one sub-folder and one manifest per stage, metrics, and what is needed to resume."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from spatialt2i.core.config import Config, differences, load_config, to_dict, to_toml
+
+HEADER = "# spatialt2i run folder: the resolved config\n"  # marks a folder as ours; only such a folder is ever deleted
+FREE = ("device", "threads", "data.workers")  # how the work is done, not what comes out: may change on resume
+PACKAGES = ("spatialt2i", "torch", "transformers", "diffusers", "peft", "accelerate", "datasets", "safetensors",
+            "tensorboard", "scipy", "matplotlib", "numpy", "pillow", "pyarrow")
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used as asked; the message says why and what to do."""
+
+
+class DiskFull(OSError):
+    """No space left while writing; nothing half-written stays behind."""
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed named by its parts: run seed, stage, step, prompt id, sample index.
+
+    Returns:
+        An integer in [0, 2**63), the same on every machine; any other part, order or type gives another one.
+    """
+    named = json.dumps([int(p) if isinstance(p, Integral) else p for p in parts])
+    return int.from_bytes(hashlib.sha256(named.encode()).digest()[:8], "big") >> 1
+
+
+class RunDir:
+    """The folder of one run. Made by `RunDir.open`; owns the event files of TensorBoard while a stage logs."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path = path
+        self.config = config
+        self._boards: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, config: Config, if_exists: str = "resume", *, stages: Iterable[str] = ()) -> RunDir:
+        """Open or make a run folder and store the resolved config in it.
+
+        Args:
+            path: the folder.
+            config: what the run does; a stored config may differ from it only in `FREE` settings.
+            if_exists: "resume" continues, "raise" refuses a folder that has results, "delete" starts afresh.
+            stages: "raise" and "delete" look at the folders of these stages only; none means the whole run.
+
+        Raises:
+            RunError: the folder is not a run folder, holds a run of another config, or exists and must not.
+        """
+        path, stages = Path(path), tuple(stages)
+        if if_exists not in ("resume", "raise", "delete"):
+            raise ValueError(f"if_exists is {if_exists!r}: expected resume, raise or delete")
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: is a file; expected a run folder or a new path")
+        if is_run(path):
+            wanted = [path / s for s in stages] if stages else [path]
+            found = [f for f in wanted if f.is_dir() and any(f.iterdir())]
+            if found and if_exists == "raise":
+                raise RunError(f"{found[0]}: exists already; name another --run, or continue it with --if-exists resume, "
+                               "or start afresh with --if-exists delete")
+            for folder in found if if_exists == "delete" else ():
+                _remove(folder)
+        elif path.is_dir() and any(not p.name.endswith(".tmp") for p in path.iterdir()):
+            raise RunError(f"{path}: not empty and not a run folder (no config.toml of a run in it), so it is left as it "
+                           "is; name another --run")
+        if is_run(path):
+            _check_same_config(path, config)
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomic(path / "config.toml", HEADER + to_toml(config))
+        return cls(path, config)
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage, made if needed."""
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """What `finish` wrote, or None where the stage is not finished."""
+        path = self.path / stage / "manifest.json"
+        return read_json(path) if path.exists() else None
+
+    def done(self, stage: str, key: str) -> bool:
+        """Whether the stage is finished, with the same inputs and settings: its manifest has this ``key``."""
+        manifest = self.manifest(stage)
+        return manifest is not None and manifest["key"] == key
+
+    def finish(self, stage: str, *, key: str, counts: dict[str, int], seconds: float, peak_mb: float,
+               extra: dict[str, Any] | None = None) -> None:
+        """Write the stage's manifest, the last thing a stage does.
+
+        Args:
+            stage: its name.
+            key: hash of its inputs and of its section of the config.
+            counts: what was made and what was dropped, by kind.
+            seconds: wall time. peak_mb: peak memory of the process tree in MB.
+            extra: anything else worth keeping, JSON-able.
+        """
+        if stage in self._boards:
+            self._boards.pop(stage).close()
+        write_json(self.stage(stage) / "manifest.json", {
+            "stage": stage, "key": key, "counts": counts, "seconds": round(seconds, 3), "peak_mb": round(peak_mb, 1),
+            **(extra or {}), "versions": versions(), "config": to_dict(self.config)})
+
+    def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        """Append one line to the stage's metrics.jsonl, and to TensorBoard where it is installed.
+
+        A value that is not finite becomes null in the file: it was not measured, which is not 0.
+        """
+        path = self.stage(stage) / "metrics.jsonl"
+        row = _finite({"step": step} | {k: float(v) for k, v in metrics.items()})
+        with disk_errors(path), path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        if stage not in self._boards:
+            self._boards[stage] = _board(path.parent / "tb")
+        _draw(self._boards[stage], [row])
+
+    def metrics(self, stage: str) -> list[dict[str, float | None]]:
+        """The logged lines of a stage, each with its ``step``; a line cut off by a kill is left out."""
+        path = self.path / stage / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as e:
+                if number < len(lines):
+                    raise RunError(f"{path}, line {number}: not JSON ({e}); delete the line to go on") from e
+        return rows
+
+    def truncate_metrics(self, stage: str, step: int) -> None:
+        """Forget what was logged at ``step`` and later, before these steps are done again after a resume."""
+        rows = [r for r in self.metrics(stage) if r["step"] < step]
+        folder = self.stage(stage)
+        if stage in self._boards:
+            self._boards.pop(stage).close()
+        write_atomic(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+        shutil.rmtree(folder / "tb", ignore_errors=True)
+        self._boards[stage] = _board(folder / "tb")
+        _draw(self._boards[stage], rows)
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder was made by `RunDir.open`."""
+    config = Path(path) / "config.toml"
+    return config.is_file() and config.read_text(encoding="utf-8", errors="replace").startswith(HEADER)
+
+
+def _check_same_config(path: Path, config: Config) -> None:
+    stored = load_config(path / "config.toml")
+    changed = [d for d in differences(stored, config) if d[0] not in FREE]
+    if changed:
+        listed = "; ".join(f"{key} is {old!r} there and {new!r} now" for key, old, new in changed)
+        raise RunError(f"{path}: was made with another config: {listed}. Use the same settings, name another --run, or "
+                       "delete the run")
+
+
+def _remove(folder: Path) -> None:
+    # renamed first, so that a kill in the middle never leaves half a run under its name
+    folder = folder.resolve()
+    trash = folder.with_name(f".{folder.name}.deleted.tmp")
+    if trash.exists():
+        shutil.rmtree(trash)
+    os.replace(folder, trash)
+    shutil.rmtree(trash)
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    except ImportError:  # curves are a convenience; metrics.jsonl has everything
+        return None
+    return EventFileWriter(str(folder))
+
+
+def _draw(board: Any, rows: list[dict[str, Any]]) -> None:
+    if board is None or not rows:
+        return
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    for row in rows:
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in row.items() if k != "step" and v is not None]
+        board.add_event(Event(step=row["step"], wall_time=time.time(), summary=Summary(value=values)))
+    board.flush()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn "no space left" of any library into one clear `DiskFull`."""
+    try:
+        yield
+    except Exception as e:  # libraries wrap the system's error in types of their own
+        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "no space left" not in str(e).lower():
+            raise
+        raise DiskFull(f"{path}: the disk is full; free some space and run the same command again, finished work "
+                       "is kept") from e
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Write a file or a folder under a temporary name; it gets its own name only when it is complete.
+
+    Yields:
+        The temporary path, in the same folder, for the caller to write to.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    _discard(temporary)
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if path.is_dir():
+                _remove(path)
+            os.replace(temporary, path)
+    finally:
+        _discard(temporary)
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write a file so that a reader, or a run after a kill, sees the old content or the new one and nothing between."""
+    with atomic_path(path) as temporary, temporary.open("wb") as f:
+        f.write(data.encode() if isinstance(data, str) else data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically; a number that is not finite becomes null, "not known"."""
+    write_atomic(path, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file is not JSON; the message names it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path}: not JSON: {e}; delete it and run the stage that writes it again") from e
+
+
+def progress(work: Iterable[Any] | int, *, desc: str, total: int | None = None, initial: int = 0) -> tqdm:
+    """A progress bar with ETA on standard error: around an iterable, or for a number of steps to ``update``."""
+    steps, items = (work, None) if isinstance(work, int) else (total, work)
+    interval = 0.2 if sys.stderr.isatty() else 30.0  # seconds; a log file gets a line now and then
+    return tqdm(items, desc=desc, total=steps, initial=initial, mininterval=interval, maxinterval=2 * interval,
+                dynamic_ncols=True)
+
+
+@dataclass
+class Measurement:
+    """Cost of a block of work: wall seconds, and peak resident memory in MB of this process and its children."""
+
+    seconds: float = 0.0
+    peak_mb: float = 0.0
+
+
+@contextmanager
+def measured() -> Iterator[Measurement]:
+    """Measure the time and memory of the block; the result is current four times a second, and final after it."""
+    result, start, stop = Measurement(), time.perf_counter(), threading.Event()
+
+    def look() -> None:
+        result.seconds = time.perf_counter() - start
+        result.peak_mb = max(result.peak_mb, _tree_mb())
+
+    def watch() -> None:
+        while not stop.wait(0.25):
+            look()
+
+    look()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield result
+    finally:
+        stop.set()
+        watcher.join()
+        look()
+
+
+def _tree_mb() -> float:
+    me = psutil.Process()
+    total = 0
+    for process in (me, *me.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:  # it ended meanwhile
+            continue
+    return total / 2**20
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of the installed packages that can change a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
