@@ -59,7 +59,7 @@ class RewardConfig:
         "Judge only whether the objects are placed as the text says.", "text put before the prompt; may be empty")
     dtype: str = setting("bfloat16", "dtype of the backbone; the head is always float32",  # [HPSv3]
                          choices=("float32", "bfloat16"))
-    lora_rank: int = setting(64, "rank of the adapters on the language model's linears; 0 trains no adapter", ge=0)  # [VideoAlign]
+    lora_rank: int = setting(64, "rank of the language model's adapters; 0 trains none", ge=0)  # [VideoAlign]
     lora_alpha: int = setting(128, "scale of the adapters is alpha / rank", ge=1)  # [VideoAlign]
     train_merger: bool = setting(True, "train the vision-to-language merger")  # [VideoAlign]
     train_vision: bool = setting(True, "train the vision tower")  # [VideoAlign]
@@ -110,7 +110,7 @@ class RLConfig:
                           choices=("sde", "cps", "dance"))
     noise: float = setting(0.9, "noise level of the kernel", gt=0)  # [Flow-GRPO]
     train_from: int = setting(0, "first denoising step that is noisy and trained on", ge=0)  # [Flow-GRPO]
-    train_steps: int = setting(5, "how many steps are noisy and trained on; the others are ODE steps", ge=1)  # [Flow-GRPO]: all but the last
+    train_steps: int = setting(5, "steps that are noisy and trained on, not ODE steps", ge=1)  # [Flow-GRPO]: not the last
     clip: float = setting(1e-4, "clip range of the ratio", gt=0)
     kl: float = setting(0.01, "weight of the KL to the base model", ge=0)
     lr: float = setting(3e-4, "learning rate of the adapter", gt=0)
@@ -118,14 +118,14 @@ class RLConfig:
     lora_alpha: int = setting(64, "scale of the adapter is alpha / rank", ge=1)  # [Flow-GRPO]: twice the rank
     weight_decay: float = setting(1e-4, "AdamW weight decay", ge=0)  # [Flow-GRPO]
     max_grad_norm: float = setting(1.0, "gradient norm is clipped to this", gt=0)  # [Flow-GRPO]
-    ema: float = setting(0.9, "decay of the averaged adapter that is evaluated and saved; 0 turns it off", ge=0, le=0.9999)  # [Flow-GRPO]
+    ema: float = setting(0.9, "decay of the averaged adapter; 0 averages nothing", ge=0, le=0.9999)  # [Flow-GRPO]
     ema_every: int = setting(8, "updates between two averagings", ge=1)  # [Flow-GRPO]
-    micro_batch: int = setting(4, "trajectories per forward while updating", ge=1)  # [ours]
+    micro_batch: int = setting(4, "denoising steps (of any trajectories) per forward while updating", ge=1)  # [ours]
     sample_batch: int = setting(4, "trajectories per forward while sampling", ge=1)  # [ours]
     save_every: int = setting(10, "RL steps between two checkpoints", ge=1)  # [ours]
     gallery_every: int = setting(10, "RL steps between two galleries of the same prompts and seeds", ge=1)  # [ours]
     gallery_prompts: int = setting(8, "prompts of a gallery", ge=1)  # [ours]
-    gate_tolerance: float = setting(1e-4, "largest |log ratio| of a replayed rollout before the first update", gt=0)  # [ours]
+    gate_tolerance: float = setting(1e-4, "largest |log ratio| of the first rollout, replayed", gt=0)  # [ours]
     relations: tuple[float, ...] = setting((0, 0, 503, 3348, 10572, 15572, 19054, 13829, 11056, 3430, 1428, 357),
                                            "relative frequency of training prompts with 1, 2, 3 ... relations", ge=0)
 
@@ -136,8 +136,8 @@ class BenchConfig:
 
     in_domain_prompts: int = setting(200, "held-out prompts with in_domain_relations", ge=2)  # [ours]
     hard_prompts: int = setting(200, "held-out prompts with hard_relations", ge=2)  # [ours]
-    in_domain_relations: tuple[int, ...] = setting((3, 4, 5, 6), "numbers of relations of the in-domain set", ge=1)  # [ours]
-    hard_relations: tuple[int, ...] = setting((7, 8, 9, 10), "numbers of relations of the hard set", ge=1)  # [ours]
+    in_domain_relations: tuple[int, ...] = setting((3, 4, 5, 6), "relations of its prompts", ge=1)  # [ours]
+    hard_relations: tuple[int, ...] = setting((7, 8, 9, 10), "relations of its prompts", ge=1)  # [ours]
     images_per_prompt: int = setting(1, "images per prompt and model, seeds 0, 1, ...", ge=1)  # [ours]
     bootstrap: int = setting(10_000, "resamples of the paired bootstrap", ge=100)  # [ours]
 
@@ -164,7 +164,7 @@ class Setting(NamedTuple):
 
     key: str
     type: str
-    default: str
+    value: str
     help: str
 
 
@@ -240,12 +240,6 @@ def section_hash(section: Any) -> str:
     return hashlib.sha256(json.dumps(to_dict(section), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
-    """The settings in which two configs differ: (dotted key, value in a, value in b)."""
-    left, right = dict(_flat(to_dict(a))), dict(_flat(to_dict(b)))
-    return [(key, left[key], right[key]) for key in left if left[key] != right[key]]
-
-
 def describe(config: Config, sections: Sequence[str] | None = None) -> list[Setting]:
     """Every setting with its type, its value in ``config`` and its meaning, for ``--help`` and documentation.
 
@@ -266,10 +260,8 @@ def _preset_path(preset: str | Path) -> Path:
     path = Path(preset)
     if path.is_file():
         return path
-    if isinstance(preset, Path) or path.suffix or len(path.parts) > 1:
-        raise ConfigError(f"preset {str(preset)!r}: no such file; expected a TOML file or one of {', '.join(names)}")
-    raise ConfigError(f"preset {preset!r}: no such preset or file; expected a TOML file or one of {', '.join(names)}"
-                      + _nearest(preset, names))
+    raise ConfigError(f"preset {str(preset)!r}: no such preset or file; expected a TOML file or one of "
+                      + ", ".join(names) + _nearest(str(preset), names))
 
 
 @cache

@@ -46,9 +46,11 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as e:
         raise ValueError(f"device = {name!r}: expected auto, cpu, cuda, cuda:1 or mps") from e
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    count = counts.get(device.type, 0)
     if (device.index or 0) >= count:
-        raise ValueError(f"device = {name!r}: this machine has {count} {device.type} device(s); use device=auto or device=cpu")
+        raise ValueError(f"device = {name!r}: this machine has {count} {device.type} device(s); "
+                         "use device=auto or device=cpu")
     return device
 
 
@@ -89,7 +91,8 @@ def describe_machine() -> dict[str, Any]:
             missing[name] = purpose
     memory = psutil.virtual_memory()
     machine: dict[str, Any] = {
-        "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "cores": cpu_count(),
+        "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
+        "cores": cpu_count(),
         "memory_gb": round(memory.total / 2**30, 1), "memory_free_gb": round(memory.available / 2**30, 1),
         "device": None, "devices": [], "versions": found, "missing": missing}
     try:

@@ -1,4 +1,4 @@
-"""A run is a folder: the resolved config, one sub-folder and one manifest per stage, metrics, and what is needed to resume."""
+"""A run is a folder: the resolved config, one sub-folder and manifest per stage, metrics, and what resuming needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from spatialt2i.core.config import Config, differences, load_config, to_dict, to_toml
+from spatialt2i.core.config import Config, describe, load_config, to_dict, to_toml
 
 HEADER = "# spatialt2i run folder: the resolved config\n"  # marks a folder as ours; only such a folder is ever deleted
 FREE = ("device", "threads", "data.workers")  # how the work is done, not what comes out: may change on resume
@@ -79,13 +79,13 @@ class RunDir:
             wanted = [path / s for s in stages] if stages else [path]
             found = [f for f in wanted if f.is_dir() and any(f.iterdir())]
             if found and if_exists == "raise":
-                raise RunError(f"{found[0]}: exists already; name another --run, or continue it with --if-exists resume, "
-                               "or start afresh with --if-exists delete")
+                raise RunError(f"{found[0]}: exists already; name another --run, or continue it with --if-exists "
+                               "resume, or start afresh with --if-exists delete")
             for folder in found if if_exists == "delete" else ():
                 _remove(folder)
         elif path.is_dir() and any(not p.name.endswith(".tmp") for p in path.iterdir()):
-            raise RunError(f"{path}: not empty and not a run folder (no config.toml of a run in it), so it is left as it "
-                           "is; name another --run")
+            raise RunError(f"{path}: not empty and not a run folder (no config.toml of a run in it), so it is left "
+                           "as it is; name another --run")
         if is_run(path):
             _check_same_config(path, config)
         else:
@@ -172,11 +172,12 @@ def is_run(path: Path) -> bool:
 
 def _check_same_config(path: Path, config: Config) -> None:
     stored = load_config(path / "config.toml")
-    changed = [d for d in differences(stored, config) if d[0] not in FREE]
+    changed = [f"{old.key} is {old.value} there and {new.value} now"
+               for old, new in zip(describe(stored), describe(config), strict=True)
+               if old != new and old.key not in FREE]
     if changed:
-        listed = "; ".join(f"{key} is {old!r} there and {new!r} now" for key, old, new in changed)
-        raise RunError(f"{path}: was made with another config: {listed}. Use the same settings, name another --run, or "
-                       "delete the run")
+        raise RunError(f"{path}: was made with another config: {'; '.join(changed)}. Use the same settings, name another "
+                       "--run, or delete the run")
 
 
 def _remove(folder: Path) -> None:

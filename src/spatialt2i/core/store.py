@@ -23,6 +23,7 @@ COLUMNS: dict[str, str] = {
     "relations": "string", "perturbed_relations": "string", "edits": "string", "n_perturbations": "int32",
     "generator": "string", "seed": "int64", "verdicts": "string", "scene": "string", "perturbed_id": "string",
 }
+REWRITE = "delete the file and run the stage that writes it again"
 REBUILD = "delete the file and run `spatialt2i data build` on the same run again"
 
 
@@ -61,11 +62,9 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as e:
-                raise CorruptData(f"{path}, line {number}: not JSON ({e}); delete the file and run the stage that writes "
-                                  "it again") from e
+                raise CorruptData(f"{path}, line {number}: not JSON ({e}); {REWRITE}") from e
             if not isinstance(row, dict):
-                raise CorruptData(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}; delete the "
-                                  "file and run the stage that writes it again")
+                raise CorruptData(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}; {REWRITE}")
             yield row
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _SIDE = re.compile(r"\b(left|right)(most|wards?|hand)?\b", re.IGNORECASE)
 # "right in the middle", "right next to": an adverb and no side, unless the word before makes it a noun
 _ADVERB = re.compile(r"\s+(in|at|on|next|above|below|behind|beside|between|under|over|by|against)\b", re.IGNORECASE)
-_NOUN = re.compile(r"\b(the|to|its|their|on|far|further|farther|top|bottom|upper|lower|front|back|rear|centre|center)[\s-]+$",
+_NOUN = re.compile(r"\b(the|to|its|their|on|far|further|farther|top|bottom|upper|lower|front|back|rear)[\s-]+$",
                    re.IGNORECASE)
 
 
@@ -78,7 +78,8 @@ class Prompt:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict; `from_json` is its inverse."""
-        return {"id": self.id, "text": self.text, "scene": self.scene, "relations": [r.to_json() for r in self.relations]}
+        relations = [r.to_json() for r in self.relations]
+        return {"id": self.id, "text": self.text, "scene": self.scene, "relations": relations}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Prompt:
@@ -219,7 +220,8 @@ class Preference:
         def prompt(p: Prompt) -> Prompt:
             return Prompt(p.id, mirror_text(p.text), mirror_text(p.scene), tuple(relation(r) for r in p.relations))
 
-        edits = tuple(dataclasses.replace(e, before=relation(e.before), after=relation(e.after)) for e in self.pair.edits)
+        edits = tuple(dataclasses.replace(e, before=relation(e.before), after=relation(e.after))
+                      for e in self.pair.edits)
         chosen_verdict, rejected_verdict = (dataclasses.replace(v, evidence={}) for v in self.verdicts)
         return dataclasses.replace(
             self, pair=Pair(prompt(self.pair.perfect), prompt(self.pair.perturbed), edits),
@@ -294,4 +296,5 @@ class Rollout:
         safe = index.clamp(min=0)
         row = (safe * 0 + 1).cumsum(0) - 1  # [P, K], the prompt of each entry, without importing torch here
         images = [[self.images[p][g] for g in chosen] for p, chosen in enumerate(safe.tolist())]
-        return Rollout(self.prompts, images, self.latents[row, safe], self.log_probs[row, safe], self.sigmas, index >= 0)
+        return Rollout(self.prompts, images, self.latents[row, safe], self.log_probs[row, safe], self.sigmas,
+                       index >= 0)

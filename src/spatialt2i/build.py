@@ -1,0 +1,321 @@
+"""The composition root: the only file that knows every part. It turns a config into objects and runs the stages.
+
+Every stage function takes the config and the run and returns its figures, JSON-able. Rooms are imported inside the
+functions, so that a stage needs only its own extra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spatialt2i.core.config import Config, section_hash
+from spatialt2i.core.device import describe_machine, pick_device, set_threads
+from spatialt2i.core.run import RunDir, RunError, atomic_path, measured, seed_of
+from spatialt2i.core.store import read_preferences
+from spatialt2i.core.types import Prompt
+
+if TYPE_CHECKING:
+    import torch
+
+    from spatialt2i.core.protocols import Generator, Policy, Scorer, Verifier, Writer
+
+WEIGHTS = Path(__file__).parent / "tiny" / "weights"
+SHIPPED = ("tiny-flux", "tiny-qwen2.5-vl")
+ORDER = ("data", "reward", "rl", "bench")  # each stage reads what the ones before it wrote
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+def data_build(config: Config, run: RunDir) -> dict[str, Any]:
+    """Part 1: the dataset of verified pairs, under ``data/``."""
+    from spatialt2i.data.pipeline import build_dataset
+
+    def work() -> dict[str, Any]:
+        return build_dataset(config=config.data, seed=config.seed, folder=run.stage("data"), writer=make_writer(config),
+                             generator=make_painter(config), verifier=make_verifier(config))
+
+    return _stage(run, "data", _key(config, "data"), work)
+
+
+def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
+    """Part 2: SpatialScore, under ``reward/``."""
+    from spatialt2i.reward.train import train
+    _needs(run, "data", "data build")
+
+    def work() -> dict[str, Any]:
+        section = dataclasses.replace(config.reward, backbone=model_folder(config.reward.backbone))
+        return train(config=section, seed=config.seed, run=run, device=_device(config), train=shards(run, "train"),
+                     validation=shards(run, "validation"))
+
+    return _stage(run, "reward", _key(config, "reward"), work)
+
+
+def reward_eval(config: Config, run: RunDir) -> dict[str, Any]:
+    """Pairwise accuracy of SpatialScore on the test split, under ``reward_eval/``."""
+    from spatialt2i.reward.evaluate import evaluate
+    _needs(run, "reward", "reward train")
+
+    def work() -> dict[str, Any]:
+        return evaluate(scorer=make_scorer(config, run.path / "reward" / "model"),
+                        pairs=read_preferences(shards(run, "test")))
+
+    return _stage(run, "reward_eval", _key(config, "reward"), work)
+
+
+def reward_score(config: Config, run: RunDir | None, *, images: Sequence[Path], prompts: Sequence[str],
+                 model: str | None) -> dict[str, Any]:
+    """Scores of image files: mean and std of each, under one prompt or each under its own.
+
+    Raises:
+        ValueError: no model is named, prompts and images do not pair up, a prompt is empty.
+        OSError: an image is missing or corrupt.
+    """
+    if len(prompts) not in (1, len(images)):
+        raise ValueError(f"{len(prompts)} prompts for {len(images)} images: expected one prompt, or one per image")
+    if run is None and model is None:
+        raise ValueError("which SpatialScore? Give --run with a trained one, or --model with a folder or hub id")
+    if model is None:
+        _needs(run, "reward", "reward train")
+    texts = list(prompts) * len(images) if len(prompts) == 1 else list(prompts)
+    pictures = [_open_image(path) for path in images]
+    scores = make_scorer(config, model or run.path / "reward" / "model").score(images=pictures, prompts=texts)
+    return {"scores": [
+        {"image": str(path), "prompt": text, "mean": float(scores.mean[i]),
+         "std": None if scores.std is None else float(scores.std[i])}
+        for i, (path, text) in enumerate(zip(images, texts, strict=True))]}
+
+
+def rl_train(config: Config, run: RunDir) -> dict[str, Any]:
+    """Part 3: the adapter, under ``rl/``."""
+    from spatialt2i.rl.train import train
+    _needs(run, "reward", "reward train")
+
+    def work() -> dict[str, Any]:
+        sets = bench_prompts(config)
+        stream = training_prompts(config, avoid={p.text for prompts in sets.values() for p in prompts})
+        scorer = make_scorer(config, run.path / "reward" / "model")
+        return train(policy=make_policy(config), scorer=scorer, prompts=stream, config=config.rl, seed=config.seed, run=run,
+                     gallery=sets["in_domain"][: config.rl.gallery_prompts])
+
+    return _stage(run, "rl", _key(config, "rl"), work)
+
+
+def rl_sample(config: Config, run: RunDir | None, *, prompts: Sequence[str], first_seed: int, count: int, base: bool,
+              out: Path | None) -> dict[str, Any]:
+    """Pictures of some prompts, written as 000.png, 001.png ...; ``base`` leaves the adapter out."""
+    if run is None and not base:
+        raise ValueError("which adapter? Give --run with a trained one, or --base to draw without any")
+    if out is None and run is None:
+        raise ValueError("where to? Give --out a folder, or --run a run")
+    if not base:
+        _needs(run, "rl", "rl train")
+    policy = make_policy(config, adapter=None if base else run.path / "rl" / "adapter")
+    named = [Prompt(f"cli-{i}", text, "", ()) for i, text in enumerate(prompts)]
+    wanted = [(prompt, first_seed + j) for prompt in named for j in range(count)]
+    images = policy.generate(prompts=[p for p, _ in wanted], seeds=[seed for _, seed in wanted])
+    folder = out or run.path / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for i, (image, (prompt, seed)) in enumerate(zip(images, wanted, strict=True)):
+        with atomic_path(folder / f"{i:03d}.png") as path:
+            image.save(path, "PNG")
+        written.append({"image": str(folder / f"{i:03d}.png"), "prompt": prompt.text, "seed": seed})
+    return {"pictures": written}
+
+
+def bench_indomain(config: Config, run: RunDir) -> dict[str, Any]:
+    """Part 4: base against tuned generator, pictures under ``eval/``, figures under ``bench/``."""
+    from spatialt2i.bench.indomain import compare
+    _needs(run, "rl", "rl train")
+
+    def work() -> dict[str, Any]:
+        return compare(base=make_policy(config), tuned=make_policy(config, adapter=run.path / "rl" / "adapter"),
+                       verifier=make_verifier(config), scorer=make_scorer(config, run.path / "reward" / "model"),
+                       prompts=bench_prompts(config), config=config.bench, seed=config.seed, folder=run.stage("eval"))
+
+    return _stage(run, "bench", _key(config, "bench"), work)
+
+
+def report(config: Config, run: RunDir) -> dict[str, Any]:
+    """The page and the figures of what is there, ``report.html`` and ``report.json`` in the run's folder."""
+    from spatialt2i.report.page import write_report
+    return write_report(run=run, seed=config.seed)
+
+
+def all_stages(config: Config, run: RunDir) -> dict[str, Any]:
+    """From prompts to report; returns the report's figures."""
+    for stage in (data_build, reward_train, reward_eval, rl_train, bench_indomain):
+        stage(config, run)
+    return report(config, run)
+
+
+def doctor(config: Config, run: RunDir | None) -> dict[str, Any]:
+    """The machine, the packages, the shipped weights, and how far the run is."""
+    found = {"spatialt2i": _version(), **describe_machine()}
+    absent = "missing: needed by the presets tiny and quickstart; make tiny-weights"
+    found["weights"] = {name: f"{_size_mb(WEIGHTS / name):.1f} MB" if (WEIGHTS / name).is_dir() else absent
+                        for name in SHIPPED}
+    found["disk_free_gb"] = round(shutil.disk_usage(run.path if run else Path.cwd()).free / 2**30, 1)
+    if "torch" not in found["missing"]:
+        found["device"] = str(pick_device(config.device))
+    if run is not None:
+        manifests = [run.manifest(path.parent.name) for path in sorted(run.path.glob("*/manifest.json"))]
+        found["stages"] = {m["stage"]: f"finished in {m['seconds']:.0f} s, peak {m['peak_mb']:.0f} MB" for m in manifests}
+    return found
+
+
+# ---- objects ---------------------------------------------------------------------------------------------------------
+
+def make_writer(config: Config) -> Writer:
+    """``data.writer``."""
+    from spatialt2i.tiny.grammar import TinyWriter
+    return {"tiny-grammar": TinyWriter}[config.data.writer]()
+
+
+def make_painter(config: Config) -> Generator:
+    """``data.generator``, who draws the pairs."""
+    from spatialt2i.tiny.painter import TinyPainter
+    return {"tiny-painter": TinyPainter}[config.data.generator](wrong_layout=config.data.wrong_layout)
+
+
+def make_verifier(config: Config) -> Verifier:
+    """``data.verifier``, who judges pairs, and pictures of the benchmark."""
+    from spatialt2i.tiny.oracle import TinyOracle
+    return {"tiny-oracle": TinyOracle}[config.data.verifier]()
+
+
+def make_scorer(config: Config, model: str | Path) -> Scorer:
+    """A trained SpatialScore."""
+    from spatialt2i.reward.scorer import SpatialScore
+    return SpatialScore.from_pretrained(model, device=_device(config), batch=config.reward.score_batch)
+
+
+def make_policy(config: Config, adapter: Path | None = None) -> Policy:
+    """``rl.model`` with a trained adapter, or with a fresh one, which changes nothing."""
+    from spatialt2i.rl.policy import FluxPolicy
+    located = dataclasses.replace(config.rl, model=model_folder(config.rl.model))
+    policy = FluxPolicy.from_pretrained(located, device=_device(config), seed=seed_of(config.seed, "rl", "adapter"))
+    policy.name = config.rl.model
+    if adapter is not None:
+        policy.load(adapter)
+    return policy
+
+
+def model_folder(name: str) -> str:
+    """Where a model is: the shipped folder for a shipped name, else the name itself (a folder or hub id).
+
+    Raises:
+        FileNotFoundError: the name is a shipped one, but its weights are not installed.
+    """
+    if name not in SHIPPED:
+        return name
+    if not (WEIGHTS / name).is_dir():
+        raise FileNotFoundError(f"the weights of {name} are not installed in {WEIGHTS / name}; make them with "
+                                "`make tiny-weights`")
+    return str(WEIGHTS / name)
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+def bench_prompts(config: Config) -> dict[str, list[Prompt]]:
+    """The evaluation sets ``in_domain`` and ``hard``: distinct texts, the numbers of relations in turn."""
+    writer, bench, taken = make_writer(config), config.bench, set()
+    sets: dict[str, list[Prompt]] = {}
+    for name, size, relations in (("in_domain", bench.in_domain_prompts, bench.in_domain_relations),
+                                  ("hard", bench.hard_prompts, bench.hard_relations)):
+        sets[name] = [_fresh_prompt(writer, f"{name}-{i}", relations[i % len(relations)], config.seed, taken)
+                      for i in range(size)]
+    return sets
+
+
+def training_prompts(config: Config, *, avoid: set[str]) -> Callable[[int], list[Prompt]]:
+    """The prompts of an RL step, as a function of the step; none has a text in ``avoid``."""
+    import numpy as np
+    writer, weights = make_writer(config), np.array(config.rl.relations) / sum(config.rl.relations)
+
+    def prompts(step: int) -> list[Prompt]:
+        draws = np.random.default_rng(seed_of(config.seed, "rl-relations", step)).choice(
+            len(weights), size=config.rl.prompts_per_step, p=weights)
+        taken = set(avoid)
+        return [_fresh_prompt(writer, f"rl-{step}-{i}", int(n) + 1, config.seed, taken) for i, n in enumerate(draws)]
+
+    return prompts
+
+
+def _fresh_prompt(writer: Writer, id: str, n_relations: int, seed: int, taken: set[str]) -> Prompt:
+    """A prompt whose text is not in ``taken``, which then has it."""
+    for attempt in range(1000):
+        prompt = writer.write(id=id, n_relations=n_relations, seed=seed_of(seed, "prompt", id, attempt))
+        if prompt.text not in taken:
+            taken.add(prompt.text)
+            return prompt
+    raise ValueError(f"the writer finds no new prompt with {n_relations} relations beside {len(taken)} others; ask for "
+                     "fewer prompts")
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+def shards(run: RunDir, split: str) -> list[Path]:
+    """The parquet files of a split, in order.
+
+    Raises:
+        RunError: there are none.
+    """
+    found = sorted((run.path / "data").rglob(f"{split}-*.parquet"))
+    if not found:
+        raise RunError(f"{run.path / 'data'}: no shards of the split {split!r}; run "
+                       f"`spatialt2i data build --run {run.path}`")
+    return found
+
+
+def _stage(run: RunDir, name: str, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do the work unless the run has it already, and write the manifest with its figures and costs."""
+    if run.done(name, key):
+        return run.manifest(name)["figures"]
+    with measured() as cost:
+        figures = work()
+    run.finish(name, key=key, counts=figures.get("counts", {}), seconds=cost.seconds, peak_mb=cost.peak_mb,
+               extra={"figures": figures})
+    return figures
+
+
+def _key(config: Config, last: str) -> str:
+    """Hash of the seed and of every section that has a say in the stages up to ``last``."""
+    how_only = dataclasses.replace(config.data, workers=0)  # the number of processes changes nothing
+    sections = [how_only if name == "data" else getattr(config, name) for name in ORDER[: ORDER.index(last) + 1]]
+    return f"{seed_of(config.seed, *(section_hash(s) for s in sections)):016x}"
+
+
+def _needs(run: RunDir, stage: str, command: str) -> None:
+    if run.manifest(stage) is None:
+        raise RunError(f"{run.path}: the stage {stage!r} is not finished; run "
+                       f"`spatialt2i {command} --run {run.path}` first")
+
+
+def _device(config: Config) -> torch.device:
+    set_threads(config.threads)
+    return pick_device(config.device)
+
+
+def _open_image(path: Path) -> Any:
+    from PIL import Image
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{path}: no such image file") from e
+    except (OSError, SyntaxError) as e:
+        raise OSError(f"{path}: not a picture that can be decoded ({e}); expected PNG, JPEG or WebP") from e
+
+
+def _size_mb(folder: Path) -> float:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20
+
+
+def _version() -> str:
+    from spatialt2i import __version__
+    return __version__
