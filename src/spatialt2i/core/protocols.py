@@ -57,28 +57,37 @@ class Scorer(Protocol):
 
 
 class Policy(Generator, Protocol):
-    """A generator whose denoising steps have log-probabilities, and an adapter that can be trained."""
+    """A generator whose denoising steps have log-probabilities, and an adapter that can be trained.
+
+    Attributes:
+        sigmas: float32 [T+1], the schedule of its rollouts.
+    """
+
+    sigmas: Tensor
 
     def sample(self, *, prompts: Sequence[Prompt], group: int, seeds: Sequence[Sequence[int]]) -> Rollout:
-        """G trajectories for each of P prompts. seeds: [P][G]."""
+        """G trajectories for each of P prompts, not decoded yet. seeds: [P][G]."""
         ...
 
-    def log_prob(self, *, rollout: Rollout, index: Tensor, step: int, reference: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Replay one denoising step of B trajectories with the current adapter (or without it).
+    def decode(self, rollout: Rollout) -> list[list[Image]]:
+        """The pictures [P][G] at the ends of the trajectories."""
+        ...
+
+    def log_prob(self, *, rollout: Rollout, rows: Tensor, reference: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Replay single denoising steps with the current adapter, through the forward pass that drew them.
 
         Args:
             rollout: where the latents are.
-            index: int64 [B, 2], (prompt, image) of each trajectory.
-            step: which of the T steps.
-            reference: use the base model (adapter off).
+            rows: int64 [B, 3] on the CPU: prompt, image and step of each transition.
+            reference: use the base model (adapter off), without gradient.
 
         Returns:
-            log_prob [B], transition mean [B, S, C], noise std (0-d, schedule std without sqrt(dt) comes from `rl.sde`).
+            log_prob [B], mean of the transition [B, S, C], noise level [B] (the kernel's s, which scales the KL).
         """
         ...
 
-    def parameters(self) -> list[Parameter]:
-        """The trainable parameters: the adapter's."""
+    def parameters(self) -> dict[str, Parameter]:
+        """The trainable parameters by name: the adapter's."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""Part 3, Spatial-RL: online GRPO with top-k filtering on a flow-matching image generator."""

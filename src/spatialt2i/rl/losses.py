@@ -1,0 +1,45 @@
+"""The terms of the RL loss. Pure functions of B transitions; everything returned is per transition.
+
+Nothing is reduced here: a mean over a micro-batch would weigh the last, smaller one too much.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def policy_loss(*, log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor,
+                clip: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped-ratio loss: max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) (PPO, GRPO).
+
+    In a step's first update the ratio is 1 in value and carries only the gradient.
+
+    Args:
+        log_prob: [B], under the current weights, with gradient.
+        old_log_prob: [B], from the rollout.
+        advantage: [B].
+        clip: half-width of the trust region.
+
+    Returns:
+        loss [B]; metrics without gradient: log_ratio [B], ratio [B], clipped [B] (1 where the clip stops the gradient).
+    """
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    free, bounded = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
+    metrics = {"log_ratio": log_ratio.detach(), "ratio": ratio.detach(), "clipped": (bounded > free).detach().float()}
+    return free.maximum(bounded), metrics
+
+
+def kl_loss(*, mean: Tensor, reference: Tensor, level: Tensor) -> Tensor:
+    """KL of two transitions of equal std, as the mean over latent elements: mean((m - m_ref)^2) / (2 level^2).
+
+    Args:
+        mean: [B, S, C], with gradient.
+        reference: [B, S, C], the base model's.
+        level: [B]. Flow-GRPO takes the kernel's s without sqrt(-dt) (`sde.noise_level`). With the true std of the
+            transition it is the exact KL, 1 / |dt| times as strong for the SDE kernels: lower the weight to match.
+
+    Returns:
+        [B].
+    """
+    return (mean - reference).square().mean((1, 2)) / (2 * level**2)

@@ -1,0 +1,304 @@
+"""FLUX as a policy: a stock diffusers pipeline, a LoRA on its transformer, and log-probabilities of its steps.
+
+Axes: P prompts, G images per prompt, T denoising steps, S latent tokens, C latent channels, B batch, L text tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import FluxPipeline
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import Parameter
+
+from spatialt2i.core.config import RLConfig
+from spatialt2i.core.device import torch_dtype
+from spatialt2i.core.run import disk_errors
+from spatialt2i.core.types import Prompt, Rollout
+from spatialt2i.rl import sde
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# The recipe's targets, by their names in diffusers; single-stream blocks have only the first three [Flow-GRPO].
+LORA_TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+                "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj",
+                "ff_context.net.2"]
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
+CACHED_PROMPTS = 512  # a FLUX.1 prompt of 256 tokens takes 2 MB
+
+
+class PromptError(ValueError):
+    """A prompt that the text encoders cannot take."""
+
+
+class FluxPolicy:
+    """A FLUX pipeline whose denoising steps have log-probabilities, and whose adapter can be trained.
+
+    The initial noise of a picture is what the stock pipeline draws in float32 from
+    ``torch.Generator("cpu").manual_seed(seed)``; the noise of the steps comes from the same generator. So a picture
+    depends on its prompt and seed, never on its batch.
+
+    Attributes:
+        name: what the pictures are labelled with.
+        pipeline: the stock pipeline; its transformer carries the adapter.
+        sigmas: float32 [T+1], the schedule of rollouts.
+    """
+
+    def __init__(self, *, pipeline: FluxPipeline, config: RLConfig, device: torch.device, seed: int) -> None:
+        """Attach a fresh adapter to ``pipeline``; see `from_pretrained`."""
+        self.name = config.model
+        self.pipeline = pipeline
+        self._config = config
+        self._device = device
+        cell = 2 * pipeline.vae_scale_factor  # pixels per latent token: FLUX packs 2 x 2 latent pixels into one
+        if config.resolution % cell:
+            raise ValueError(f"rl.resolution = {config.resolution}, expected a multiple of {cell} for {config.model}")
+        for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+            part.requires_grad_(False).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pipeline.transformer.add_adapter(LoraConfig(
+                r=config.lora_rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian",
+                target_modules=LORA_TARGETS))
+        pipeline.to(device)
+        self._parameters = {n: p for n, p in pipeline.transformer.named_parameters() if p.requires_grad}
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.float()  # an update of 1e-4 would be lost in bfloat16
+
+        side = config.resolution // cell
+        self._noise_shape = (pipeline.transformer.config.in_channels // 4, 2 * side, 2 * side)
+        self._image_ids = pipeline._prepare_latent_image_ids(1, side, side, device, torch.float32)
+        self._text_ids = torch.zeros(config.max_text_tokens, 3, device=device)
+        self._noisy = sde.noisy_steps(config)
+        self.sigmas = self._schedule(config.rollout_steps)
+        self._embeds: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+    @classmethod
+    def from_pretrained(cls, config: RLConfig, *, device: torch.device, seed: int) -> FluxPolicy:
+        """Load ``config.model`` with the stock class and attach a fresh adapter that changes nothing yet.
+
+        Args:
+            config: model, dtype, adapter, schedule and sizes.
+            device: where everything runs.
+            seed: of the adapter's initial weights.
+
+        Raises:
+            OSError: the folder or hub id cannot be loaded.
+            ValueError: the settings do not fit the model.
+        """
+        try:
+            pipeline = FluxPipeline.from_pretrained(config.model, dtype=torch_dtype(config.dtype))
+        except OSError as error:
+            raise OSError(f"cannot load rl.model = {config.model!r}, expected the hub id or folder of a FLUX pipeline "
+                          f"(with model_index.json): {error}") from error
+        return cls(pipeline=pipeline, config=config, device=device, seed=seed)
+
+    # ---- drawing ----------------------------------------------------------------------------------------------------
+
+    def sample(self, *, prompts: Sequence[Prompt], group: int, seeds: Sequence[Sequence[int]]) -> Rollout:
+        """G trajectories for each of P prompts, in the training schedule. Pictures are left to `decode`.
+
+        Args:
+            prompts: the P prompts.
+            group: G.
+            seeds: [P][G].
+
+        Returns:
+            A rollout with latents [P, G, T+1, S, C] and log-probs [P, G, T], and no images yet.
+
+        Raises:
+            PromptError: a prompt is empty or too long.
+        """
+        if len(seeds) != len(prompts) or any(len(row) != group for row in seeds):
+            raise ValueError(f"seeds must be [{len(prompts)}][{group}], one per picture; "
+                             f"got rows of {[len(row) for row in seeds]}")
+        flat = [seed for row in seeds for seed in row]
+        owners = [prompt for prompt in prompts for _ in range(group)]
+        parts = [self._denoise(prompts=owners[i:j], seeds=flat[i:j], sigmas=self.sigmas, noisy=self._noisy)
+                 for i, j in self._batches(len(flat))]
+        latents, log_probs = (torch.cat(part).unflatten(0, (len(prompts), group)) for part in zip(*parts, strict=True))
+        return Rollout(list(prompts), [], latents, log_probs, self.sigmas)
+
+    def generate(self, *, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
+        """One RGB picture per prompt, without noise in the steps: what the stock pipeline draws.
+
+        Args:
+            prompts: B prompts.
+            seeds: B seeds.
+        """
+        if len(seeds) != len(prompts):
+            raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected one seed per prompt")
+        sigmas = self._schedule(self._config.eval_steps)
+        images = []
+        for i, j in self._batches(len(prompts)):
+            latents, _ = self._denoise(prompts=prompts[i:j], seeds=seeds[i:j], sigmas=sigmas, noisy=range(0))
+            images += self._decode(latents[:, -1])
+        return images
+
+    def decode(self, rollout: Rollout) -> list[list[Image]]:
+        """The pictures [P][G] at the ends of the trajectories."""
+        groups, group = rollout.latents.shape[:2]
+        last = rollout.latents[:, :, -1].flatten(0, 1)  # [P G, S, C]
+        flat = [image for i, j in self._batches(len(last)) for image in self._decode(last[i:j])]
+        return [flat[p * group:(p + 1) * group] for p in range(groups)]
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def log_prob(self, *, rollout: Rollout, rows: Tensor, reference: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Replay single denoising steps with the current adapter, through the forward pass that drew them.
+
+        Args:
+            rollout: where latents, prompts and schedule are.
+            rows: int64 [B, 3] on the CPU: prompt, image and step of each transition. Steps may differ in a batch.
+            reference: replay with the adapter off (the base model) and without gradient.
+
+        Returns:
+            log_prob [B]; mean of the transition [B, S, C]; noise level [B], the kernel's s, which scales the KL.
+        """
+        p, g, t = rows.unbind(1)
+        x, x_next = rollout.latents[p, g, t], rollout.latents[p, g, t + 1]  # [B, S, C]
+        now, then = rollout.sigmas[t], rollout.sigmas[t + 1]  # [B]
+        embeds = self._encode([rollout.prompts[i] for i in p.tolist()])
+        if reference:
+            with self._adapter_off(), torch.no_grad():
+                v = self._velocity(x, now, embeds)
+        else:
+            v = self._velocity(x, now, embeds)
+        law = {"sigma": now, "sigma_next": then, "noise": self._config.noise, "sigma_max": rollout.sigmas[1]}
+        mean, std = sde.step_mean_std(self._config.kernel, x=x, v=v, **law)
+        return sde.log_prob(x_next, mean=mean, std=std), mean, sde.noise_level(self._config.kernel, **law)
+
+    def parameters(self) -> dict[str, Parameter]:
+        """The trainable parameters by name: the adapter's, in float32."""
+        return self._parameters
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter so that ``FluxPipeline.load_lora_weights(folder)`` loads it; replaces what was there."""
+        transformer = self.pipeline.transformer
+        folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder), tempfile.TemporaryDirectory(dir=folder) as part:
+            FluxPipeline.save_lora_weights(
+                part, transformer_lora_layers=get_peft_model_state_dict(transformer),
+                transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict())
+            os.replace(Path(part, ADAPTER_FILE), folder / ADAPTER_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            OSError: the file is missing or damaged.
+            ValueError: it is the adapter of another model or rank.
+        """
+        path = folder / ADAPTER_FILE
+        try:
+            saved = {key.removeprefix("transformer."): value for key, value in load_file(path).items()}
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"cannot read the adapter {path}: {error}; expected a folder that `save` wrote") from error
+        current = get_peft_model_state_dict(self.pipeline.transformer)
+        shapes, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (saved, current))
+        if shapes != expected:
+            key = next(k for k in sorted(shapes | expected) if shapes.get(k) != expected.get(k))
+            raise ValueError(f"{path} is the adapter of another model or rank: {key} is {shapes.get(key, 'missing')}, "
+                             f"expected {expected.get(key, 'no such tensor')}; check rl.model and rl.lora_rank")
+        set_peft_model_state_dict(self.pipeline.transformer, saved)
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _velocity(self, latents: Tensor, sigma: Tensor, embeds: tuple[Tensor, Tensor]) -> Tensor:
+        """The transformer's v [B, S, C] in float32 at latents [B, S, C] and sigma [B]: the only forward pass there is."""
+        transformer = self.pipeline.transformer
+        text, pooled = embeds
+        guidance = torch.full_like(sigma, self._config.guidance_scale) if transformer.config.guidance_embeds else None
+        timestep = (sigma * 1000).to(text.dtype) / 1000  # rounds as the stock pipeline does
+        v = transformer(hidden_states=latents.to(text.dtype), timestep=timestep, guidance=guidance,
+                        pooled_projections=pooled, encoder_hidden_states=text, txt_ids=self._text_ids,
+                        img_ids=self._image_ids, return_dict=False)[0]
+        return v.float()
+
+    @torch.no_grad()
+    def _denoise(self, *, prompts: Sequence[Prompt], seeds: Sequence[int], sigmas: Tensor,
+                 noisy: range) -> tuple[Tensor, Tensor]:
+        """B trajectories: latents [B, T+1, S, C] and log-probs [B, T] (NaN at steps without noise)."""
+        embeds = self._encode(prompts)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        x = self._noise(generators)
+        steps = len(sigmas) - 1
+        latents = x.new_empty(len(x), steps + 1, *x.shape[1:])
+        log_probs = x.new_full((len(x), steps), torch.nan)
+        latents[:, 0] = x
+        for t in range(steps):
+            now, then = sigmas[t].expand(len(x)), sigmas[t + 1].expand(len(x))
+            v = self._velocity(x, now, embeds)
+            x, std = sde.step_mean_std(self._config.kernel if t in noisy else "ode", x=x, v=v, sigma=now,
+                                       sigma_next=then, noise=self._config.noise, sigma_max=sigmas[1])
+            if t in noisy:
+                mean = x
+                x = mean + std[:, None, None] * self._noise(generators)
+                log_probs[:, t] = sde.log_prob(x, mean=mean, std=std)
+            latents[:, t + 1] = x
+        return latents, log_probs
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> list[Image]:
+        """RGB pictures of packed latents [B, S, C]."""
+        pipeline, size, vae = self.pipeline, self._config.resolution, self.pipeline.vae
+        z = pipeline._unpack_latents(latents.to(vae.dtype), size, size, pipeline.vae_scale_factor)
+        pixels = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+        return pipeline.image_processor.postprocess(pixels, output_type="pil")
+
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+        """Text embeddings [B, L, D] and pooled embeddings [B, D'], each text encoded alone and once, then cached."""
+        rows = []
+        for prompt in prompts:
+            if prompt.text not in self._embeds:
+                self._check(prompt)
+                text, pooled, _ = self.pipeline.encode_prompt(
+                    prompt.text, device=self._device, max_sequence_length=self._config.max_text_tokens)
+                self._embeds[prompt.text] = (text[0], pooled[0])
+                if len(self._embeds) > CACHED_PROMPTS:
+                    self._embeds.popitem(last=False)
+            self._embeds.move_to_end(prompt.text)
+            rows.append(self._embeds[prompt.text])
+        return torch.stack([text for text, _ in rows]), torch.stack([pooled for _, pooled in rows])
+
+    def _check(self, prompt: Prompt) -> None:
+        """Refuse what the text encoders would cut or could not read."""
+        if not prompt.text.strip():
+            raise PromptError(f"prompt {prompt.id!r} is empty, expected a text")
+        tokens, limit = len(self.pipeline.tokenizer_2(prompt.text).input_ids), self._config.max_text_tokens
+        if tokens > limit:
+            raise PromptError(f"prompt {prompt.id!r} has {tokens} T5 tokens, expected at most rl.max_text_tokens = "
+                              f"{limit}; shorten it or raise the limit (FLUX takes up to 512): {prompt.text!r}")
+
+    def _noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Standard normal latents [B, S, C], one generator each, drawn on the CPU so that every device sees the same."""
+        draws = torch.stack([torch.randn(self._noise_shape, generator=g) for g in generators])
+        return self.pipeline._pack_latents(draws, *draws.shape).to(self._device)
+
+    def _schedule(self, steps: int) -> Tensor:
+        return sde.flux_sigmas(steps=steps, image_tokens=len(self._image_ids),
+                               scheduler=self.pipeline.scheduler.config).to(self._device)
+
+    def _batches(self, n: int) -> Iterator[tuple[int, int]]:
+        return ((i, min(i + self._config.sample_batch, n)) for i in range(0, n, self._config.sample_batch))
+
+    @contextmanager
+    def _adapter_off(self) -> Iterator[None]:
+        transformer = self.pipeline.transformer
+        transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            transformer.enable_adapters()
