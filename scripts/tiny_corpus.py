@@ -1,0 +1,105 @@
+"""Pictures of the tiny world with their captions and object maps, as arrays on disk, for training the tiny models.
+
+    python scripts/tiny_corpus.py --out build/corpus --count 80000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from spatialt2i.core.run import progress, seed_of, write_json
+from spatialt2i.core.types import Relation
+from spatialt2i.tiny.grammar import TinyWriter, alternatives
+from spatialt2i.tiny.layout import solve
+from spatialt2i.tiny.painter import paint
+from spatialt2i.tiny.phrases import render
+from spatialt2i.tiny.tokenizer import make_tokenizer
+from spatialt2i.tiny.world import OBJECTS, SIZE, Scene, outline
+
+RELATIONS = (0.15, 0.25, 0.25, 0.13, 0.09, 0.07, 0.06)  # share of captions with 1, 2, ... relations
+TEXT_TOKENS = 40
+CAPTIONS = 4  # phrasings (and scramblings) per picture
+CHUNK = 500
+
+
+def scrambled(relations: tuple[Relation, ...], share: float, rng: np.random.Generator) -> list[Relation]:
+    """The relations in random order, a share of them replaced by one of their wrong edits."""
+    out = []
+    for i in rng.permutation(len(relations)).tolist():
+        options = alternatives(i, relations[i])
+        wrong = options and rng.random() < share
+        out.append(options[int(rng.integers(len(options)))].after if wrong else relations[i])
+    return out
+
+
+def object_map(scene: Scene) -> np.ndarray:
+    """Which object is visible at every fourth pixel.
+
+    Returns:
+        uint8 [16, 16], 0 = background, else 1 + position in `OBJECTS`.
+    """
+    at = np.arange(2, SIZE, 4, dtype=np.float64)
+    found = np.zeros((len(at), len(at)), dtype=np.uint8)
+    for name, box in sorted(scene.boxes.items(), key=lambda item: item[1].z):
+        inside = outline(name.split()[1], at[None, :] - box.cx, at[:, None] - box.cy, box.r) < 0
+        found[inside] = 1 + OBJECTS.index(name)
+    return found
+
+
+def make_chunk(start: int, *, seed: int, scramble: float) -> dict[str, np.ndarray]:
+    """CHUNK pictures, reproducible from ``start`` alone."""
+    writer, tokenizer = TinyWriter(), make_tokenizer(max_length=TEXT_TOKENS)
+    images, maps, texts = [], [], []
+    for i in range(start, start + CHUNK):
+        rng = np.random.default_rng(seed_of(seed, "corpus", i))
+        scene = None
+        while scene is None:
+            n = 1 + int(rng.choice(len(RELATIONS), p=RELATIONS))
+            prompt = writer.write(id=f"corpus-{seed}-{i}", n_relations=n, seed=int(rng.integers(2**60)))
+            scene = solve(prompt.objects, prompt.relations, prompt.scene, rng)
+        images.append(paint(scene, rng))
+        maps.append(object_map(scene))
+        for _ in range(CAPTIONS):
+            texts.append(render(prompt.scene, scrambled(prompt.relations, scramble, rng), int(rng.integers(2**60))))
+    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="np").input_ids
+    return {"images": np.stack(images), "maps": np.stack(maps),
+            "tokens": ids.reshape(CHUNK, CAPTIONS, TEXT_TOKENS).astype(np.int16)}
+
+
+def main() -> None:
+    """Write ``images.npy``, ``maps.npy`` and ``tokens.npy``; does nothing where they are there already."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("build/corpus"))
+    parser.add_argument("--count", type=int, default=80_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scramble", type=float, default=0.35, help="share of relations that captions state wrongly")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    wanted = {"count": args.count, "seed": args.seed, "scramble": args.scramble}
+    manifest = args.out / "manifest.json"
+    if manifest.exists() and json.loads(manifest.read_text()) == wanted:
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    shapes = {"images": ((SIZE, SIZE, 3), np.uint8), "maps": ((16, 16), np.uint8),
+              "tokens": ((CAPTIONS, TEXT_TOKENS), np.int16)}
+    files = {k: np.lib.format.open_memmap(args.out / f"{k}.npy", "w+", dtype, (args.count, *shape))
+             for k, (shape, dtype) in shapes.items()}
+    starts = range(0, args.count, CHUNK)
+    with ProcessPoolExecutor(args.workers) as pool:
+        chunks = pool.map(partial(make_chunk, seed=args.seed, scramble=args.scramble), starts)
+        for start, chunk in zip(progress(starts, desc="corpus"), chunks, strict=True):
+            for key, values in chunk.items():
+                files[key][start:start + CHUNK] = values
+    for file in files.values():
+        file.flush()
+    write_json(manifest, wanted)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Train ``tiny-flux``, the small FLUX pipeline that the package ships: autoencoder, text encoders and transformer.
+
+    python scripts/train_tiny_flux.py vae  --corpus build/corpus --out build/tiny-flux --steps 1500
+    python scripts/train_tiny_flux.py flow --corpus build/corpus --out build/tiny-flux --steps 12000
+
+Each part writes checkpoints and continues from them. ``flow`` ends by writing a `diffusers.FluxPipeline` folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from _checkpoint import load_state, save_state
+from spatialt2i.core.run import progress
+from spatialt2i.tiny.tokenizer import CLIP_LENGTH, make_tokenizer
+from spatialt2i.tiny.world import OBJECTS
+
+LATENT_CHANNELS = 4
+SHIFT = 1.6  # of the training noise levels; FLUX's own schedule shifts 64 tokens by exp(0.4675)
+AUX_BLOCK = 1  # the single-stream block whose image tokens must tell which object is where
+
+
+def make_vae() -> AutoencoderKL:
+    """An autoencoder with FLUX's class: 64 x 64 pixels to 16 x 16 x 4."""
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(32, 48, 64), layers_per_block=1,
+        latent_channels=LATENT_CHANNELS, norm_num_groups=8, mid_block_add_attention=False, use_quant_conv=False,
+        use_post_quant_conv=False, sample_size=64, scaling_factor=1.0, shift_factor=0.0)
+
+
+def pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in -1..1."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up, then cosine to 2% of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+
+
+def log(path: Path, **values: float) -> None:
+    """Append one line of figures."""
+    with path.open("a") as f:
+        f.write(json.dumps(values) + "\n")
+
+
+def train_vae(args: argparse.Namespace) -> None:
+    """L1 + L2 reconstruction with a light KL and noisy latents, so that decoding forgives small errors."""
+    torch.manual_seed(args.seed)
+    images = np.load(args.corpus / "images.npy", mmap_mode="r")
+    vae = make_vae()
+    average = {k: v.clone() for k, v in vae.state_dict().items()}
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    state = args.out / "vae_state.safetensors"
+    start = load_state(state, module=vae, average=average, optimizer=optimizer)
+    for step in progress(range(start, args.steps), desc="vae", total=args.steps, initial=start):
+        rng = np.random.default_rng((args.seed, step))
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        x = pixels(images[np.sort(rng.integers(len(images), size=args.batch))])  # [B, 3, 64, 64]
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            posterior = vae.encode(x).latent_dist
+            z = posterior.sample()
+            y = vae.decode(z + 0.05 * torch.randn_like(z)).sample
+        error = y.float() - x
+        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.logvar.float().exp() - 1 - posterior.logvar.float()).mean()
+        loss = error.abs().mean() + error.square().mean() + 1e-3 * kl
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, args.steps, 1e-3, 100)
+        optimizer.step()
+        optimizer.zero_grad()
+        blend(average, vae, 0.99)
+        if step % 25 == 0:
+            log(args.out / "vae.jsonl", step=step, l1=float(error.abs().mean()), kl=float(kl))
+        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+            save_state(state, step=step + 1, module=vae, average=average, optimizer=optimizer)
+    vae.load_state_dict(average)
+    with torch.no_grad():
+        z = vae.eval().encode(pixels(images[:1000])).latent_dist.mean
+    vae.register_to_config(scaling_factor=float(1 / z.std()), shift_factor=float(z.mean()))
+    vae.save_pretrained(args.out / "vae")
+
+
+def blend(average: dict[str, torch.Tensor], module: torch.nn.Module, decay: float) -> None:
+    """Exponential moving average of a module's weights, in place."""
+    with torch.no_grad():
+        for key, value in module.state_dict().items():
+            average[key].lerp_(value, 1 - decay)
+
+
+class Flow(torch.nn.Module):
+    """What the flow loss trains: the transformer, both text encoders, and an auxiliary reader that is thrown away.
+
+    The reader predicts from inner image tokens which of the objects covers each quarter of a token. It makes the
+    network bind shapes to places early, at noise levels where the picture alone shows colours only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        vocab = len(make_tokenizer(max_length=CLIP_LENGTH))
+        self.transformer = FluxTransformer2DModel(
+            patch_size=1, in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=4, attention_head_dim=32,
+            num_attention_heads=6, joint_attention_dim=128, pooled_projection_dim=64, guidance_embeds=True,
+            axes_dims_rope=(8, 12, 12))
+        self.t5 = T5EncoderModel(T5Config(
+            vocab_size=vocab, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
+            feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))
+        self.clip = CLIPTextModel(CLIPTextConfig(
+            vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=CLIP_LENGTH, pad_token_id=0, bos_token_id=None, eos_token_id=1, projection_dim=64))
+        self.reader = torch.nn.Linear(192, 4 * (1 + len(OBJECTS)))
+        self._inner: torch.Tensor | None = None
+        self.transformer.single_transformer_blocks[AUX_BLOCK].register_forward_hook(self._keep)
+
+    def _keep(self, module: torch.nn.Module, inputs: tuple, output: tuple) -> None:
+        self._inner = output[1]
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, guidance: torch.Tensor, tokens: torch.Tensor,
+                ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Velocity [B, 64, 16] and object logits [B, 64, 4, 33] of noisy latents x at noise levels t [B]."""
+        text = self.t5(tokens).last_hidden_state
+        pooled = self.clip(tokens).pooler_output
+        v = self.transformer(hidden_states=x, timestep=t, guidance=guidance, pooled_projections=pooled,
+                             encoder_hidden_states=text, txt_ids=torch.zeros(tokens.shape[1], 3), img_ids=ids,
+                             return_dict=False)[0]
+        return v, self.reader(self._inner).unflatten(-1, (4, -1))
+
+
+def make_latents(args: argparse.Namespace, vae: AutoencoderKL) -> np.ndarray:
+    """Packed latents of the whole corpus, [N, 64, 16] float16, computed once."""
+    path = args.out / "latents.npy"
+    if path.exists():
+        return np.load(path, mmap_mode="r")
+    images = np.load(args.corpus / "images.npy", mmap_mode="r")
+    packed = np.empty((len(images), 64, 4 * LATENT_CHANNELS), dtype=np.float16)
+    for i in progress(range(0, len(images), 250), desc="latents"):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            z = vae.encode(pixels(images[i:i + 250])).latent_dist.mean.float()
+        z = (z - vae.config.shift_factor) * vae.config.scaling_factor
+        packed[i:i + 250] = FluxPipeline._pack_latents(z, len(z), LATENT_CHANNELS, 16, 16).numpy()
+    np.save(path, packed)
+    return packed
+
+
+def train_flow(args: argparse.Namespace) -> None:
+    """Flow matching on v = noise - picture, a tenth of the captions left empty, plus the auxiliary reader.
+
+    The forward and backward passes run on a copy of the weights in ``args.dtype``; the optimizer keeps float32 ones.
+    """
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKL.from_pretrained(args.out / "vae")
+    latents = make_latents(args, vae)
+    maps, tokens = np.load(args.corpus / "maps.npy"), np.load(args.corpus / "tokens.npy", mmap_mode="r")
+    flow = Flow()
+    average = {k: v.clone() for k, v in flow.state_dict().items()}
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    state = args.out / "flow_state.safetensors"
+    start = load_state(state, module=flow, average=average, optimizer=optimizer)
+    worker = Flow().to(getattr(torch, args.dtype))
+    empty = torch.from_numpy(make_tokenizer(max_length=CLIP_LENGTH)(
+        "", padding="max_length", max_length=tokens.shape[2], return_tensors="np").input_ids)
+    weight = torch.ones(1 + len(OBJECTS))
+    weight[0] = 0.25  # most of a picture is background
+    saved = time.monotonic()
+    for step in progress(range(start, args.steps), desc="flow", total=args.steps, initial=start):
+        torch._foreach_copy_([*worker.parameters()], [*flow.parameters()])
+        rng = np.random.default_rng((args.seed, step))
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        pick = rng.integers(len(latents), size=args.batch)
+        x0 = torch.from_numpy(latents[pick].astype(np.float32))  # [B, 64, 16]
+        words = torch.from_numpy(tokens[pick, rng.integers(tokens.shape[1], size=args.batch)].astype(np.int64))
+        words[torch.rand(args.batch) < 0.1] = empty
+        target = torch.from_numpy(maps[pick].astype(np.int64)).reshape(-1, 8, 2, 8, 2).permute(0, 1, 3, 2, 4)
+        error, reading = flow_loss(worker, x0, words, target.reshape(-1), weight)
+        (error + args.aux * reading).backward()
+        for master, copied in zip(flow.parameters(), worker.parameters(), strict=True):
+            master.grad = copied.grad.float()
+            copied.grad = None
+        norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, args.steps, args.lr, 200)
+        optimizer.step()
+        blend(average, flow, min(0.999, (step + 1) / (step + 100)))
+        if step % 50 == 0:
+            log(args.out / "flow.jsonl", step=step, error=float(error), reading=float(reading), norm=float(norm))
+        if time.monotonic() - saved > 180 or step + 1 == args.steps:
+            save_state(state, step=step + 1, module=flow, average=average, optimizer=optimizer)
+            write_pipeline(args.out, flow, average, vae)
+            saved = time.monotonic()
+    write_pipeline(args.out, flow, average, vae)
+
+
+def flow_loss(flow: Flow, x0: torch.Tensor, words: torch.Tensor, target: torch.Tensor,
+              weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared velocity error, and cross-entropy of the reader, at random noise levels."""
+    t = torch.sigmoid(torch.randn(len(x0)))
+    t = SHIFT * t / (1 + (SHIFT - 1) * t)
+    noise = torch.randn_like(x0)
+    x = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
+    dtype = flow.reader.weight.dtype
+    ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", dtype)
+    guidance = 1 + 4 * torch.rand(len(x0))
+    # the fused attention's backward pass on CPUs is several times slower than the plain one at these lengths
+    with sdpa_kernel(SDPBackend.MATH):
+        v, logits = flow(x.to(dtype), t.to(dtype), guidance.to(dtype), words, ids)
+        error = (v.float() - (noise - x0)).square().mean()
+        return error, F.cross_entropy(logits.float().flatten(0, 2), target, weight=weight)
+
+
+def write_pipeline(folder: Path, flow: Flow, average: dict[str, torch.Tensor], vae: AutoencoderKL) -> None:
+    """The averaged weights as a stock FluxPipeline folder, in bfloat16."""
+    mean = copy.deepcopy(flow)
+    mean.load_state_dict(average)
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096),
+        vae=vae, text_encoder=mean.clip, tokenizer=make_tokenizer(max_length=CLIP_LENGTH), text_encoder_2=mean.t5,
+        tokenizer_2=make_tokenizer(max_length=512), transformer=mean.transformer)
+    pipeline.to(torch.bfloat16).save_pretrained(folder / "pipeline")
+    vae.to(torch.float32)
+
+
+def main() -> None:
+    """Parse the arguments and run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("vae", "flow"))
+    parser.add_argument("--corpus", type=Path, default=Path("build/corpus"))
+    parser.add_argument("--out", type=Path, default=Path("build/tiny-flux"))
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--aux", type=float, default=0.1, help="weight of the auxiliary reader")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (train_vae if args.part == "vae" else train_flow)(args)
+
+
+if __name__ == "__main__":
+    main()
