@@ -43,8 +43,8 @@ def data_build(config: Config, run: RunDir) -> dict[str, Any]:
 
 def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
     """Part 2: SpatialScore, under ``reward/``."""
-    from spatialt2i.reward.train import train
     _needs(run, "data", "data build")
+    from spatialt2i.reward.train import train
 
     def work() -> dict[str, Any]:
         section = dataclasses.replace(config.reward, backbone=model_folder(config.reward.backbone))
@@ -56,8 +56,8 @@ def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
 
 def reward_eval(config: Config, run: RunDir) -> dict[str, Any]:
     """Pairwise accuracy of SpatialScore on the test split, under ``reward_eval/``."""
-    from spatialt2i.reward.evaluate import evaluate
     _needs(run, "reward", "reward train")
+    from spatialt2i.reward.evaluate import evaluate
 
     def work() -> dict[str, Any]:
         return evaluate(scorer=make_scorer(config, run.path / "reward" / "model"),
@@ -76,6 +76,8 @@ def reward_score(config: Config, run: RunDir | None, *, images: Sequence[Path], 
     """
     if len(prompts) not in (1, len(images)):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images: expected one prompt, or one per image")
+    if not all(text.strip() for text in prompts):
+        raise ValueError("an empty prompt: expected a text that says where things are")
     if run is None and model is None:
         raise ValueError("which SpatialScore? Give --run with a trained one, or --model with a folder or hub id")
     if model is None:
@@ -91,8 +93,8 @@ def reward_score(config: Config, run: RunDir | None, *, images: Sequence[Path], 
 
 def rl_train(config: Config, run: RunDir) -> dict[str, Any]:
     """Part 3: the adapter, under ``rl/``."""
-    from spatialt2i.rl.train import train
     _needs(run, "reward", "reward train")
+    from spatialt2i.rl.train import train
 
     def work() -> dict[str, Any]:
         sets = bench_prompts(config)
@@ -129,8 +131,8 @@ def rl_sample(config: Config, run: RunDir | None, *, prompts: Sequence[str], fir
 
 def bench_indomain(config: Config, run: RunDir) -> dict[str, Any]:
     """Part 4: base against tuned generator, pictures under ``eval/``, figures under ``bench/``."""
-    from spatialt2i.bench.indomain import compare
     _needs(run, "rl", "rl train")
+    from spatialt2i.bench.indomain import compare
 
     def work() -> dict[str, Any]:
         return compare(base=make_policy(config), tuned=make_policy(config, adapter=run.path / "rl" / "adapter"),

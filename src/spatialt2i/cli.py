@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import click
 
 from spatialt2i import __version__
 from spatialt2i.core.config import Config, ConfigError, describe, load_config, preset_names
-from spatialt2i.core.run import RunDir, RunError, is_run, write_json
+from spatialt2i.core.run import RunDir, RunError, is_run, json_text, write_json
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,8 @@ def _run_command(stage: Stage, given: dict[str, Any]) -> None:
         click.echo(f"\nInterrupted. Finished work is kept{again}", err=True)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, ImportError) as e:
-        if given["debug"]:
+        ours = isinstance(e, ImportError) and (e.name or "").startswith("spatialt2i")  # a fault, not a missing package
+        if given["debug"] or ours:
             raise
         click.echo(f"Error: {_message(e)}\n(--debug shows where)", err=True)
         sys.exit(2 if isinstance(e, ConfigError) else 1)
@@ -181,7 +181,7 @@ def _show(figures: dict[str, Any], json_file: str | None) -> None:
     for key, text in lines:
         click.echo(f"{key:<{width}}  {text}", err=json_file == "-")
     if json_file == "-":
-        click.echo(json.dumps(figures, indent=1, ensure_ascii=False))
+        click.echo(json_text(figures), nl=False)
     elif json_file:
         write_json(json_file, figures)
 

@@ -259,8 +259,13 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically; a number that is not finite becomes null, "not known"."""
-    write_atomic(path, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n")
+    """Write a value as `json_text`, atomically."""
+    write_atomic(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Indented JSON; a number that is not finite becomes null, "not known"."""
+    return json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
