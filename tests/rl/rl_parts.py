@@ -6,7 +6,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 
 from spatialt2i.core.types import Prompt, Scores
 
-WORDS = ["<pad>", "</s>", "<unk>", *"a red green blue circle square triangle left right above below of the and is".split()]
+WORDS = ["<pad>", "</s>", "<unk>",
+         *"a red green blue circle square triangle left right above below of the and is".split()]
 
 
 def make_flux(folder, *, guidance=True):
@@ -20,9 +21,9 @@ def make_flux(folder, *, guidance=True):
         return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
                                        model_max_length=length)
 
-    clip = CLIPTextModel(CLIPTextConfig(vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                        num_attention_heads=2, max_position_embeddings=32, bos_token_id=0, eos_token_id=1,
-                                        pad_token_id=0))
+    clip = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, bos_token_id=0, eos_token_id=1, pad_token_id=0))
     t5 = T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2))
     transformer = FluxTransformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,

@@ -25,7 +25,8 @@ def test_k_0_and_a_large_k_keep_all_judged():
 
 
 def test_not_judged_images_leave_their_group():
-    index = select_extremes(rewards([NAN, 1, 5, NAN, 3, 2], [NAN] * 6, [NAN] * 5 + [1], [NAN, 1, NAN, 2, NAN, NAN]), k=1)
+    groups = rewards([NAN, 1, 5, NAN, 3, 2], [NAN] * 6, [NAN] * 5 + [1], [NAN, 1, NAN, 2, NAN, NAN])
+    index = select_extremes(groups, k=1)
     assert index.tolist() == [[1, 2], [-1, -1], [-1, -1], [1, 3]]
     assert select_extremes(rewards([NAN, 1, 5, NAN, 3, 2]), k=2).tolist() == [[1, 5, 4, 2]]
     assert select_extremes(rewards([NAN, 1, 5, NAN, 3, NAN]), k=2).tolist() == [[1, 4, 2, -1]]
@@ -79,7 +80,8 @@ def test_on_policy_the_loss_is_minus_the_advantage_and_its_gradient_is_reinforce
                                                              (0.5, -1.0, True), (1.05, 1.0, False)])
 def test_the_clip_stops_the_gradient_only_where_it_would_go_further(ratio, advantage, clipped):
     log_prob = torch.tensor([math.log(ratio)], requires_grad=True)
-    loss, metrics = policy_loss(log_prob=log_prob, old_log_prob=torch.zeros(1), advantage=torch.tensor([advantage]), clip=0.1)
+    loss, metrics = policy_loss(log_prob=log_prob, old_log_prob=torch.zeros(1), advantage=torch.tensor([advantage]),
+                                clip=0.1)
     loss.sum().backward()
     assert bool(metrics["clipped"]) == clipped
     assert (log_prob.grad == 0).item() == clipped

@@ -194,8 +194,8 @@ def test_other_kernels_replay_too(make_policy, kernel, noise):
     rollout = policy.sample(prompts=prompts_of(0), group=3, seeds=SEEDS)
     assert rollout.log_probs.isfinite().all(0).all(0).tolist() == [False, True, True, False]
     rows = all_rows(rollout, [1, 2])
-    torch.testing.assert_close(policy.log_prob(rollout=rollout, rows=rows)[0].detach(), rollout.log_probs[tuple(rows.T)],
-                               atol=2e-6, rtol=0)
+    log_prob = policy.log_prob(rollout=rollout, rows=rows)[0].detach()
+    torch.testing.assert_close(log_prob, rollout.log_probs[tuple(rows.T)], atol=2e-6, rtol=0)
 
 
 def test_bfloat16_keeps_latents_log_probs_and_adapter_in_float32(make_policy):

@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -27,7 +28,7 @@ def test_schedule_is_the_stock_pipelines(scheduler, steps, tokens):
     c = stock.config
     mu = calculate_shift(tokens, c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096),
                          c.get("base_shift", 0.5), c.get("max_shift", 1.15))
-    retrieve_timesteps(stock, steps, "cpu", sigmas=torch.linspace(1, 1 / steps, steps, dtype=torch.float64).numpy(), mu=mu)
+    retrieve_timesteps(stock, steps, "cpu", sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
     ours = sde.flux_sigmas(steps=steps, image_tokens=tokens, scheduler=c)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, stock.sigmas, rtol=0, atol=1e-7)
@@ -93,7 +94,7 @@ def test_cps_keeps_the_total_variance(noise):
 
 @pytest.mark.parametrize(("kernel", "noise"), [("ode", 0.0), ("sde", 0.7), ("dance", 0.4)])
 def test_marginals_are_the_odes_on_a_gaussian(kernel, noise):
-    """Data N(m, tau^2): x_sigma is Gaussian, the true velocity is linear in x, and no kernel may change the marginal."""
+    """Data N(m, tau^2): x_sigma is Gaussian, the true velocity linear in x, and no kernel may change the marginal."""
     m, tau, n, steps = 1.5, 0.6, 40_000, 300
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, 1, 1, generator=g)

@@ -134,8 +134,8 @@ def _check_shapes(path: Path, tensors: dict[str, Tensor], state: TrainState) -> 
     expected = {name: tuple(p.shape) for name, p in state.parameters.items()}
     if saved != expected:
         name = next(n for n in sorted(saved | expected) if saved.get(n) != expected.get(n))
-        raise CheckpointError(f"{path} belongs to another model: adapter {name} is {saved.get(name, 'missing')}, expected "
-                              f"{expected.get(name, 'no such tensor')}; check rl.model")
+        raise CheckpointError(f"{path} belongs to another model: adapter {name} is {saved.get(name, 'missing')}, "
+                              f"expected {expected.get(name, 'no such tensor')}; check rl.model")
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -19,15 +19,15 @@ class RewardError(ValueError):
 def select_extremes(rewards: Tensor, *, k: int) -> Tensor:
     """The k worst and the k best images of each group (the paper's top-k filtering).
 
-    Ties are ordered by position in the group, so the choice is a function of the rewards alone. A group with at most 2k judged
-    images keeps them all; one with fewer than two keeps none.
+    Ties are ordered by position in the group, so the choice is a function of the rewards alone. A group with at most
+    2k judged images keeps them all; one with fewer than two keeps none.
 
     Args:
         rewards: [P, G], NaN where not judged.
         k: how many of each end; 0 keeps every judged image.
 
     Returns:
-        int64 [P, K], K = min(2k, G) (G if k is 0): positions in the group from worst to best, padded at the end with -1.
+        int64 [P, K], K = min(2k, G) (G if k is 0): positions in the group from worst to best, then -1 as padding.
 
     Raises:
         RewardError: a reward is infinite.

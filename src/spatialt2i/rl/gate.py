@@ -1,4 +1,4 @@
-"""The gate: before the first update, a rollout must replay through the training path to the log-probs it was drawn with.
+"""The gate: before the first update, a rollout must replay through the training path to its own log-probs.
 
 Online RL divides by the probability of what was drawn. When sampling and training disagree about it (another schedule,
 another adapter, rounded latents, kernels that depend on the batch), the ratio is noise and rewards still may rise for a
@@ -63,7 +63,7 @@ def _diagnose(policy: Policy, rollout: Rollout, rows: Tensor, config: RLConfig) 
 
     finite = all(rollout.log_probs[tuple(rows.T)].isfinite().tolist()) and rollout.latents.isfinite().all().item()
     if not finite:
-        return "latents or log-probs are not finite; FLUX needs rl.dtype = bfloat16 or float32, and a trained step needs noise"
+        return "latents or log-probs are not finite; the model overflows, or a trained step has no noise"
     if fits(dataclasses.replace(rollout, sigmas=policy.sigmas), batches):
         return "the rollout carries another schedule than the policy's; both must come from the same shift and steps"
     unshifted = torch.linspace(1, 0, len(rollout.sigmas)).to(rollout.sigmas)

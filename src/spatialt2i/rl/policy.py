@@ -216,7 +216,7 @@ class FluxPolicy:
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _velocity(self, latents: Tensor, sigma: Tensor, embeds: tuple[Tensor, Tensor]) -> Tensor:
-        """The transformer's v [B, S, C] in float32 at latents [B, S, C] and sigma [B]: the only forward pass there is."""
+        """The transformer's v, float32 [B, S, C], at latents [B, S, C] and sigma [B]: the only forward pass."""
         transformer = self.pipeline.transformer
         text, pooled = embeds
         guidance = torch.full_like(sigma, self._config.guidance_scale) if transformer.config.guidance_embeds else None
@@ -283,7 +283,7 @@ class FluxPolicy:
                               f"{limit}; shorten it or raise the limit (FLUX takes up to 512): {prompt.text!r}")
 
     def _noise(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Standard normal latents [B, S, C], one generator each, drawn on the CPU so that every device sees the same."""
+        """Standard normal latents [B, S, C], one generator each; drawn on the CPU so that all devices see the same."""
         draws = torch.stack([torch.randn(self._noise_shape, generator=g) for g in generators])
         return self.pipeline._pack_latents(draws, *draws.shape).to(self._device)
 

@@ -74,7 +74,8 @@ def noisy_steps(config: RLConfig) -> range:
                          f"got rl.train_steps = {config.train_steps}, expected at most "
                          f"{config.rollout_steps - 1 - config.train_from}")
     if config.kernel == "cps" and config.noise > 1:
-        raise ValueError(f"rl.noise = {config.noise}, expected at most 1 with kernel 'cps' (std = sigma sin(noise pi/2))")
+        raise ValueError(f"rl.noise = {config.noise}, expected at most 1 with kernel 'cps' "
+                         "(its std is sigma_next sin(noise pi / 2))")
     return range(config.train_from, stop)
 
 

@@ -85,7 +85,7 @@ def train(*, policy: Policy, scorer: Scorer, prompts: Callable[[int], list[Promp
             advantages = normalize(rewards, kept, over=config.stats_over, clip=config.advantage_clip)  # [P, K]
             if step == start:
                 summary["gate_log_ratio"] = check_replay(policy=policy, rollout=rollout, config=config)
-                logger.info("gate passed: the largest |log ratio| of a replayed rollout is %.3e", summary["gate_log_ratio"])
+                logger.info("gate passed: largest |log ratio| of a replayed rollout %.3e", summary["gate_log_ratio"])
             with timed(seconds, "update"):
                 metrics = accumulate_gradients(policy, rollout.take(kept), advantages, config)
             with interrupts_held():  # weights, average, step counter and metrics belong together
@@ -137,13 +137,14 @@ def accumulate_gradients(policy: Policy, rollout: Rollout, advantages: Tensor, c
         config: trained steps, clip range, KL weight, micro-batch.
 
     Returns:
-        ratio_mean, max_log_ratio, clip_share, loss, and kl where it has a weight; NaN where nothing was trained on.
+        ratio_mean, max_log_ratio, clip_share, kl (NaN where it has no weight) and loss; all NaN where nothing was
+        trained on.
     """
     for parameter in policy.parameters().values():
         parameter.grad = None
     rows = transitions(advantages.isfinite(), noisy_steps(config))  # [N, 3]
     advantages = advantages.to(rollout.latents)
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("log_ratio", "ratio", "clipped", "loss", "kl")}
+    parts: dict[str, list[Tensor]] = {"ratio": [], "log_ratio": [], "clipped": [], "kl": [], "loss": []}  # each of [B]
     for batch in rows.split(config.micro_batch) if len(rows) else ():
         p, k, t = batch.unbind(1)
         if config.kl:
@@ -152,17 +153,18 @@ def accumulate_gradients(policy: Policy, rollout: Rollout, advantages: Tensor, c
         loss, values = policy_loss(log_prob=log_prob, old_log_prob=rollout.log_probs[p, k, t],
                                    advantage=advantages[p, k], clip=config.clip)  # [B]
         if config.kl:
-            values["kl"] = kl_loss(mean=mean, reference=reference, level=level)  # [B]
-            loss = loss + config.kl * values["kl"]
+            kl = kl_loss(mean=mean, reference=reference, level=level)  # [B]
+            loss = loss + config.kl * kl
+            values["kl"] = kl.detach()
         (loss.sum() / len(rows)).backward()
-        for name, value in (values | {"loss": loss}).items():
-            parts[name].append(value.detach())
-    whole = {name: torch.cat(values).double() for name, values in parts.items() if values}
-    if not whole:
-        return dict.fromkeys(("ratio_mean", "max_log_ratio", "clip_share", "loss", "kl"), float("nan"))
-    metrics = {"ratio_mean": whole["ratio"].mean(), "max_log_ratio": whole["log_ratio"].abs().max(),
-               "clip_share": whole["clipped"].mean(), "loss": whole["loss"].mean()}
-    return {name: value.item() for name, value in (metrics | {k: v.mean() for k, v in whole.items() if k == "kl"}).items()}
+        values["loss"] = loss.detach()
+        for name, value in values.items():
+            parts[name].append(value)
+    # Read only now: reading a number earlier would make the accelerator wait.
+    whole = {k: torch.cat(v).double() if v else torch.tensor([torch.nan]) for k, v in parts.items()}
+    return {"ratio_mean": whole["ratio"].mean().item(), "max_log_ratio": whole["log_ratio"].abs().max().item(),
+            "clip_share": whole["clipped"].mean().item(), "kl": whole["kl"].mean().item(),
+            "loss": whole["loss"].mean().item()}
 
 
 def apply_update(state: TrainState, config: RLConfig) -> dict[str, float]:
@@ -175,8 +177,8 @@ def apply_update(state: TrainState, config: RLConfig) -> dict[str, float]:
     """
     norm = torch.nn.utils.clip_grad_norm_(list(state.parameters.values()), config.max_grad_norm).item()
     if not norm < float("inf"):
-        raise TrainingError(f"the gradient of RL step {state.step} has norm {norm}, expected a finite number; weights are "
-                            "unchanged. Lower rl.lr, or train fewer low-noise steps (rl.train_steps)")
+        raise TrainingError(f"the gradient of RL step {state.step} has norm {norm}, expected a finite number; weights "
+                            "are unchanged. Lower rl.lr, or train fewer low-noise steps (rl.train_steps)")
     state.optimizer.step()
     state.step += 1
     if state.ema is not None and state.step % config.ema_every == 0:
