@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -40,8 +39,8 @@ def stage(monkeypatch) -> SimpleNamespace:
 
 
 def test_the_commands_are_there() -> None:
-    assert NAMES == ["data build", "reward train", "reward eval", "reward score", "rl train", "rl sample", "bench indomain",
-                     "report", "all", "quickstart", "doctor"]
+    assert NAMES == ["data build", "reward train", "reward eval", "reward score", "rl train", "rl sample",
+                     "bench indomain", "report", "all", "quickstart", "doctor"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,7 +146,8 @@ def test_nan_becomes_null_on_standard_output(stage: SimpleNamespace, tmp_path: P
     (["rl", "trian"], 2, "No such command"),
     (["reward", "score", "--prompt", "x"], 2, "Missing option '--image'"),
 ])
-def test_bad_input_is_one_message_and_exit_code_2(args: list[str], code: int, words: str, tmp_path: Path, monkeypatch) -> None:
+def test_bad_input_is_one_message_and_exit_code_2(args: list[str], code: int, words: str, tmp_path: Path,
+                                                  monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = spatialt2i(*args)
     assert result.exit_code == code and words in result.stderr and "Traceback" not in result.output
@@ -188,8 +188,8 @@ def test_ctrl_c_says_how_to_go_on_and_exits_130(tmp_path: Path) -> None:
     code = ("import time; from spatialt2i import cli\n"
             "def work(config, run): print('ready', flush=True); time.sleep(60)\n"
             "cli._function = lambda stage: work\ncli.main()")
-    process = subprocess.Popen([sys.executable, "-c", code, "rl", "train", "--run", str(tmp_path / "r")], text=True, cwd=SRC,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(SRC)})
+    process = subprocess.Popen([sys.executable, "-c", code, "rl", "train", "--run", str(tmp_path / "r")], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=SRC)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)

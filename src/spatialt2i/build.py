@@ -44,12 +44,15 @@ def data_build(config: Config, run: RunDir) -> dict[str, Any]:
 def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
     """Part 2: SpatialScore, under ``reward/``."""
     _needs(run, "data", "data build")
+    from spatialt2i.reward.model import SpatialScoreModel
     from spatialt2i.reward.train import train
 
     def work() -> dict[str, Any]:
-        section = dataclasses.replace(config.reward, backbone=model_folder(config.reward.backbone))
-        return train(config=section, seed=config.seed, run=run, device=_device(config), train=shards(run, "train"),
-                     validation=shards(run, "validation"))
+        model = SpatialScoreModel.from_backbone(model_folder(config.reward.backbone), config=config.reward,
+                                                seed=seed_of(config.seed, "reward", "weights"), device=_device(config))
+        return train(model=model, train_pairs=list(read_preferences(shards(run, "train"))),
+                     validation_pairs=list(read_preferences(shards(run, "validation"))), config=config.reward,
+                     seed=config.seed, run=run)
 
     return _stage(run, "reward", _key(config, "reward"), work)
 
@@ -57,11 +60,10 @@ def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
 def reward_eval(config: Config, run: RunDir) -> dict[str, Any]:
     """Pairwise accuracy of SpatialScore on the test split, under ``reward_eval/``."""
     _needs(run, "reward", "reward train")
-    from spatialt2i.reward.evaluate import evaluate
+    from spatialt2i.reward.evaluate import pairwise_accuracy
 
     def work() -> dict[str, Any]:
-        return evaluate(scorer=make_scorer(config, run.path / "reward" / "model"),
-                        pairs=read_preferences(shards(run, "test")))
+        return pairwise_accuracy(scorer=make_scorer(config, run), pairs=read_preferences(shards(run, "test")))
 
     return _stage(run, "reward_eval", _key(config, "reward"), work)
 
@@ -84,7 +86,7 @@ def reward_score(config: Config, run: RunDir | None, *, images: Sequence[Path], 
         _needs(run, "reward", "reward train")
     texts = list(prompts) * len(images) if len(prompts) == 1 else list(prompts)
     pictures = [_open_image(path) for path in images]
-    scores = make_scorer(config, model or run.path / "reward" / "model").score(images=pictures, prompts=texts)
+    scores = make_scorer(config, run, model).score(images=pictures, prompts=texts)
     return {"scores": [
         {"image": str(path), "prompt": text, "mean": float(scores.mean[i]),
          "std": None if scores.std is None else float(scores.std[i])}
@@ -99,9 +101,8 @@ def rl_train(config: Config, run: RunDir) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         sets = bench_prompts(config)
         stream = training_prompts(config, avoid={p.text for prompts in sets.values() for p in prompts})
-        scorer = make_scorer(config, run.path / "reward" / "model")
-        return train(policy=make_policy(config), scorer=scorer, prompts=stream, config=config.rl, seed=config.seed, run=run,
-                     gallery=sets["in_domain"][: config.rl.gallery_prompts])
+        return train(policy=make_policy(config), scorer=make_scorer(config, run), prompts=stream, config=config.rl,
+                     seed=config.seed, run=run, gallery=sets["in_domain"][: config.rl.gallery_prompts])
 
     return _stage(run, "rl", _key(config, "rl"), work)
 
@@ -136,8 +137,8 @@ def bench_indomain(config: Config, run: RunDir) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         return compare(base=make_policy(config), tuned=make_policy(config, adapter=run.path / "rl" / "adapter"),
-                       verifier=make_verifier(config), scorer=make_scorer(config, run.path / "reward" / "model"),
-                       prompts=bench_prompts(config), config=config.bench, seed=config.seed, folder=run.stage("eval"))
+                       verifier=make_verifier(config), scorer=make_scorer(config, run), prompts=bench_prompts(config),
+                       config=config.bench, seed=config.seed, folder=run.stage("eval"))
 
     return _stage(run, "bench", _key(config, "bench"), work)
 
@@ -166,7 +167,8 @@ def doctor(config: Config, run: RunDir | None) -> dict[str, Any]:
         found["device"] = str(pick_device(config.device))
     if run is not None:
         manifests = [run.manifest(path.parent.name) for path in sorted(run.path.glob("*/manifest.json"))]
-        found["stages"] = {m["stage"]: f"finished in {m['seconds']:.0f} s, peak {m['peak_mb']:.0f} MB" for m in manifests}
+        found["stages"] = {m["stage"]: f"finished in {m['seconds']:.0f} s, peak {m['peak_mb']:.0f} MB"
+                           for m in manifests}
     return found
 
 
@@ -190,10 +192,13 @@ def make_verifier(config: Config) -> Verifier:
     return {"tiny-oracle": TinyOracle}[config.data.verifier]()
 
 
-def make_scorer(config: Config, model: str | Path) -> Scorer:
-    """A trained SpatialScore."""
+def make_scorer(config: Config, run: RunDir | None, model: str | None = None) -> Scorer:
+    """The run's SpatialScore, or the one of that folder or hub id."""
     from spatialt2i.reward.scorer import SpatialScore
-    return SpatialScore.from_pretrained(model, device=_device(config), batch=config.reward.score_batch)
+    if model is not None:
+        return SpatialScore.from_pretrained(model, device=_device(config))
+    return SpatialScore.from_pretrained(run.path / "reward" / "model", device=_device(config),
+                                        backbone=model_folder(config.reward.backbone), batch=config.reward.score_batch)
 
 
 def make_policy(config: Config, adapter: Path | None = None) -> Policy:

@@ -24,10 +24,11 @@ def picture(seed: int, size: int = 16, kind: str = "PNG") -> bytes:
 
 def preference(i: int = 0, kind: str = "PNG") -> Preference:
     """The i-th of endlessly many different preferences."""
-    perfect = Prompt(f"p{i}", "On a lawn, a red circle is to the left of a blue square. A green cross is in the top left "
-                     "corner, right in the middle of nothing.", "on a lawn", (LEFT, CORNER))
+    perfect = Prompt(f"p{i}", "On a lawn, a red circle is to the left of a blue square. A green cross is in the top "
+                     "left corner, right in the middle of nothing.", "on a lawn", (LEFT, CORNER))
     perturbed = Prompt(f"p{i}*", perfect.text.replace("left of", "right of"), "on a lawn", (RIGHT, CORNER))
     pair = Pair(perfect, perturbed, (Edit("flip", 0, LEFT, RIGHT),))
     verdict = Verdict(True, (True, None), (True, True, None), True, "judge 1", {"boxes": {"red circle": [1.5, 2, 3, 4]}})
     other = Verdict(None, (None, True), (True, True, True), None, "judge 1", {"reason": "ünclear"})
-    return Preference(pair, picture(2 * i, kind=kind), picture(2 * i + 1, kind=kind), "painter", 2**62 + i, (verdict, other))
+    return Preference(pair, picture(2 * i, kind=kind), picture(2 * i + 1, kind=kind), "painter", 2**62 + i,
+                      (verdict, other))

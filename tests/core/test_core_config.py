@@ -42,7 +42,8 @@ def test_presets_list_only_differences(name: str) -> None:
 
 def test_overrides_win_over_the_preset_and_later_over_earlier() -> None:
     config = load_config("tiny", ["rl.top_k=5", "rl.top_k = 4", "device=cuda:1", "reward.instruction=", "rl.lr=1",
-                                  'data.writer="tiny-grammar"', "bench.hard_relations=[4, 5]", "reward.train_vision=false"])
+                                  'data.writer="tiny-grammar"', "bench.hard_relations=[4, 5]",
+                                  "reward.train_vision=false"])
     assert (config.rl.top_k, config.device, config.reward.instruction) == (4, "cuda:1", "")
     assert config.rl.lr == 1.0 and type(config.rl.lr) is float
     assert config.bench.hard_relations == (4, 5)

@@ -88,7 +88,7 @@ def test_two_scenes_in_a_pair_are_refused(tmp_path: Path) -> None:
 def test_a_truncated_shard_is_named(share: float, shard: Path) -> None:
     data = shard.read_bytes()
     shard.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(CorruptData, match=r"train-00000.parquet: the shard is cut off or altered.*spatialt2i data build"):
+    with pytest.raises(CorruptData, match=r"train-00000.parquet: the shard is cut off or altered.*data build"):
         list(read_preferences([shard]))
 
 

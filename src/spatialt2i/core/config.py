@@ -73,6 +73,7 @@ class RewardConfig:
     max_text_tokens: int = setting(512, "longest prompt in tokens; a longer one is an error", ge=8)  # [ours]
     batch: int = setting(32, "pairs per update", ge=1)
     micro_batch: int = setting(4, "pairs per forward", ge=1)
+    swap: float = setting(0.0, "share of pairs that an epoch shows from the perturbed prompt", ge=0, le=1)
     steps: int = setting(2500, "updates; 80,000 pairs / 32 = 2,500 are one epoch", ge=1)  # [ours]
     lr: float = setting(2e-6, "learning rate of adapters, merger and vision tower", gt=0)
     lr_head: float = setting(2e-6, "learning rate of the head", gt=0)  # [HPSv3]
@@ -110,7 +111,7 @@ class RLConfig:
                           choices=("sde", "cps", "dance"))
     noise: float = setting(0.9, "noise level of the kernel", gt=0)  # [Flow-GRPO]
     train_from: int = setting(0, "first denoising step that is noisy and trained on", ge=0)  # [Flow-GRPO]
-    train_steps: int = setting(5, "steps that are noisy and trained on, not ODE steps", ge=1)  # [Flow-GRPO]: not the last
+    train_steps: int = setting(5, "steps that are noisy and trained on, not ODE", ge=1)  # [Flow-GRPO]: not the last
     clip: float = setting(1e-4, "clip range of the ratio", gt=0)
     kl: float = setting(0.01, "weight of the KL to the base model", ge=0)
     lr: float = setting(3e-4, "learning rate of the adapter", gt=0)

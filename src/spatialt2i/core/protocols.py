@@ -1,4 +1,4 @@
-"""What a part must be able to do to stand in a slot. Every call is keyword-only: images and prompts cannot be swapped."""
+"""What a part must be able to do to stand in a slot. Every call is keyword-only: nothing can be swapped by mistake."""
 
 from __future__ import annotations
 

@@ -176,8 +176,8 @@ def _check_same_config(path: Path, config: Config) -> None:
                for old, new in zip(describe(stored), describe(config), strict=True)
                if old != new and old.key not in FREE]
     if changed:
-        raise RunError(f"{path}: was made with another config: {'; '.join(changed)}. Use the same settings, name another "
-                       "--run, or delete the run")
+        raise RunError(f"{path}: was made with another config: {'; '.join(changed)}. Use the same settings, name "
+                       "another --run, or delete the run")
 
 
 def _remove(folder: Path) -> None:
