@@ -237,6 +237,15 @@ def test_a_run_that_stopped_and_went_on_equals_one_that_did_not(whole, tmp_path,
     assert_same(whole[0], tmp_path)
 
 
+@pytest.fixture
+def listening():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in a shell that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path, make_policy, config):
     def interrupt(scores):
         os.kill(os.getpid(), signal.SIGINT)
@@ -249,6 +258,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path, make_po
     assert_same(whole[0], tmp_path)
 
 
+@pytest.mark.usefixtures("listening")
 def test_ctrl_c_waits_for_what_belongs_together():
     done = []
     with pytest.raises(KeyboardInterrupt):

@@ -102,22 +102,24 @@ def load_checkpoint(folder: Path, state: TrainState, *, config: RLConfig, seed: 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
     """Ctrl-C waits until the block is over, so that things that belong together change together."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield  # only the main thread gets signals, and only if they are not ignored
         return
     caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
     if caught:
-        raise KeyboardInterrupt
+        before(caught[0], None)
 
 
 def _settings(config: RLConfig, seed: int) -> dict[str, Any]:
     """What must be equal for two runs to be the same run, JSON-able."""
     kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_DIFFER}
+    kept["model"] = Path(config.model).name  # the folder may move
     return json.loads(json.dumps(kept | {"seed": seed}))
 
 

@@ -50,14 +50,14 @@ class FluxPolicy:
     depends on its prompt and seed, never on its batch.
 
     Attributes:
-        name: what the pictures are labelled with.
+        name: the last part of the model's id or folder.
         pipeline: the stock pipeline; its transformer carries the adapter.
         sigmas: float32 [T+1], the schedule of rollouts.
     """
 
     def __init__(self, *, pipeline: FluxPipeline, config: RLConfig, device: torch.device, seed: int) -> None:
         """Attach a fresh adapter to ``pipeline``; see `from_pretrained`."""
-        self.name = config.model
+        self.name = Path(config.model).name
         self.pipeline = pipeline
         self._config = config
         self._device = device
