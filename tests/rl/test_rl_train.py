@@ -40,7 +40,7 @@ def open_run(path):
 
 def go(path, make_policy, config, *, scorer=None, gallery=(), seed=3):
     """A run, or its continuation, with everything made anew as in a new process."""
-    policy = make_policy(**{f: getattr(config, f) for f in ("micro_batch", "sample_batch", "kl", "ema", "top_k")})
+    policy = make_policy(**{f: getattr(config, f) for f in ("micro_batch", "sample_batch")})
     result = train.train(policy=policy, scorer=scorer or Redness(), prompts=prompts_of, config=config, seed=seed,
                          run=open_run(path), gallery=gallery)
     return policy, result
@@ -220,6 +220,12 @@ def test_a_run_leaves_metrics_gallery_adapter_and_two_checkpoints(whole, make_po
     for name, parameter in fresh.parameters().items():
         assert torch.equal(parameter, newest[f"ema/{name}"])
         assert torch.equal(parameter, policy.parameters()[name])
+
+
+def test_the_reward_rises(tmp_path, make_policy, config):
+    go(tmp_path, make_policy, replace(config, steps=12, lr=3e-3, save_every=100))
+    rewards = [json.loads(line)["reward_mean"] for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.5
 
 
 def test_a_run_that_stopped_and_went_on_equals_one_that_did_not(whole, tmp_path, make_policy, config):
