@@ -1,0 +1,82 @@
+"""The composition root, as far as it needs no model: prompts of the sets, keys of the stages, where models are."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from spatialt2i import build
+from spatialt2i.core.config import BenchConfig, Config, DataConfig, RLConfig, load_config
+from spatialt2i.core.run import RunDir, RunError
+
+
+@pytest.fixture
+def config() -> Config:
+    return dataclasses.replace(
+        Config(), rl=RLConfig(prompts_per_step=5, relations=(0, 1, 3)),
+        bench=BenchConfig(in_domain_prompts=12, hard_prompts=6, in_domain_relations=(2, 3), hard_relations=(4, 5)))
+
+
+def test_evaluation_sets_are_distinct_and_have_the_relations_asked_for(config: Config) -> None:
+    sets = build.bench_prompts(config)
+    texts = [p.text for prompts in sets.values() for p in prompts]
+    assert len(set(texts)) == len(texts) == 18
+    assert [len(p.relations) for p in sets["in_domain"]] == [2, 3] * 6
+    assert [len(p.relations) for p in sets["hard"]] == [4, 5] * 3
+    assert sets == build.bench_prompts(config)
+    assert sets != build.bench_prompts(dataclasses.replace(config, seed=1))
+
+
+def test_training_prompts_are_a_function_of_the_step_and_avoid_the_evaluation_sets(config: Config) -> None:
+    free = build.training_prompts(config, avoid=set())
+    assert free(3) == free(3) != free(4)
+    assert len({p.text for p in free(3)}) == 5 and {len(p.relations) for s in range(5) for p in free(s)} == {2, 3}
+    forbidden = {p.text for p in free(3)}
+    assert not forbidden & {p.text for p in build.training_prompts(config, avoid=forbidden)(3)}
+
+
+def test_a_stage_is_done_once_and_again_when_its_inputs_change(config: Config, tmp_path: Path) -> None:
+    run, done = RunDir.open(tmp_path, config), []
+
+    def work() -> dict:
+        done.append(1)
+        return {"counts": {"pairs": 3}, "share": 0.5}
+
+    for key in ("k1", "k1", "k2"):
+        assert build._stage(run, "data", key, work) == {"counts": {"pairs": 3}, "share": 0.5}
+    assert len(done) == 2
+    manifest = run.manifest("data")
+    assert manifest["counts"] == {"pairs": 3} and manifest["peak_mb"] > 0
+
+
+def test_the_key_of_a_stage_sees_its_inputs_alone(config: Config) -> None:
+    more_workers = dataclasses.replace(config, data=DataConfig(workers=7), device="cuda", threads=3)
+    other_rl = dataclasses.replace(config, rl=RLConfig(top_k=1))
+    assert build._key(config, "bench") == build._key(more_workers, "bench")
+    assert build._key(config, "reward") == build._key(other_rl, "reward")
+    assert build._key(config, "rl") != build._key(other_rl, "rl")
+    assert build._key(config, "data") != build._key(dataclasses.replace(config, seed=1), "data")
+
+
+def test_models_are_found_by_shipped_name_or_taken_as_they_are(monkeypatch, tmp_path: Path) -> None:
+    assert build.model_folder("black-forest-labs/FLUX.1-dev") == "black-forest-labs/FLUX.1-dev"
+    monkeypatch.setattr(build, "WEIGHTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="weights of tiny-flux are not installed.*make tiny-weights"):
+        build.model_folder("tiny-flux")
+    (tmp_path / "tiny-flux").mkdir()
+    assert build.model_folder("tiny-flux") == str(tmp_path / "tiny-flux")
+
+
+def test_missing_shards_are_named(tmp_path: Path) -> None:
+    run = RunDir.open(tmp_path, Config())
+    with pytest.raises(RunError, match="no shards of the split 'test'; run `spatialt2i data build"):
+        build.shards(run, "test")
+
+
+@pytest.mark.parametrize("preset", ["tiny", "quickstart"])
+def test_the_embedded_presets_name_the_embedded_parts(preset: str) -> None:
+    config = load_config(preset)
+    assert (config.reward.backbone, config.rl.model) == build.SHIPPED[::-1]
+    assert build.make_writer(config) and build.make_painter(config).name and build.make_verifier(config).name
