@@ -1,0 +1,219 @@
+"""What the tiny Qwen2.5-VL is pre-trained on: statements about pictures judged in place, and descriptions in chat form.
+
+No preference pair is ever made here: every picture stands alone, and no text is judged as a whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from spatialt2i.core.run import progress, seed_of
+from spatialt2i.core.types import Relation
+from spatialt2i.tiny.grammar import TinyWriter
+from spatialt2i.tiny.painter import TinyPainter, paint
+from spatialt2i.tiny.phrases import render
+from spatialt2i.tiny.world import (
+    ARITY, COLOURS, MARGIN, MARGINS, OBJECTS, PREDICATES, SCENES, SIDES, SIZE, Box, Scene,
+)
+
+BINS = 16  # coordinates are told in sixteenths of the canvas
+DESCRIBED = 0.2  # share of pictures that are described and asked about in chat form; the others are judged in place
+ABSENT = 0.05  # share of statements about an object that is not in the picture
+RELATIONS = np.array([0, 1, 503, 3348, 10572, 15572, 19054, 13829, 11056, 3430, 1428, 357], dtype=float)
+_WEIGHTS = np.array([3.0 if p in SIDES else 1.5 if ARITY[p] > 1 else 0.4 for p in PREDICATES])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pictures with texts about them, and what is to be said where: N targets of a kind with their (row, position).
+
+    Attributes:
+        images: uint8 [B, 64, 64, 3].
+        input_ids: int64 [B, L], padded on the right.
+        judged: int64 [N, 4], row, position, 1 for true or 0 for false, predicate.
+        spoken: int64 [N, 3], row, position, id of the next token of an answer.
+        mentions: int64 [N, 4], row, position of an object's name, its x and y.
+        seen: int64 [N, 4], row, visual token that holds one object's centre, that object's x and y.
+        related: int64 [N, 6], row, position, x and y of the clause's other object, x and y of their difference.
+        cells: float32 [B, visual tokens, objects], which objects have their centre there.
+    """
+
+    images: np.ndarray
+    input_ids: np.ndarray
+    judged: np.ndarray
+    spoken: np.ndarray
+    mentions: np.ndarray
+    seen: np.ndarray
+    related: np.ndarray
+    cells: np.ndarray
+
+
+def layouts(n: int, *, seed: int, split: str) -> list[Scene]:
+    """Scenes as the prompts of the world lead to them; pictures of one layout differ in colours, light and place."""
+    writer, painter, found = TinyWriter(), TinyPainter(wrong_layout=0), []
+    for i in progress(range(n), desc=f"{split} layouts"):
+        rng = np.random.default_rng(seed_of(seed, "tiny-qwen", split, i))
+        n_relations = int(rng.choice(len(RELATIONS), p=RELATIONS / RELATIONS.sum())) + 1
+        prompt = writer.write(id=f"{split}-{i}", n_relations=n_relations, seed=int(rng.integers(2**62)))
+        found.append(painter.scene(prompt=prompt, seed=int(rng.integers(2**62))))
+    return found
+
+
+def varied(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The layout with its colours permuted, mirrored half of the time, in a random place."""
+    colours = dict(zip(COLOURS, rng.permutation(list(COLOURS)).tolist(), strict=True))
+    mirrored = rng.random() < 0.5
+    boxes = {f"{colours[c]} {s}": Box(SIZE - b.cx if mirrored else b.cx, b.cy, b.r, b.z)
+             for (c, s), b in ((name.split(), box) for name, box in scene.boxes.items())}
+    return Scene(list(SCENES)[int(rng.integers(len(SCENES)))], boxes)
+
+
+def truths(scene: Scene) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For each predicate, which tuples of object numbers clearly satisfy it, and which clearly do not."""
+    boxes = list(scene.boxes.values())
+    cx, cy, r = (np.array([getattr(b, k) for b in boxes]) for k in ("cx", "cy", "r"))
+    n, same = len(boxes), np.eye(len(boxes), dtype=bool)
+    nearer = np.array([[a.z > b.z for b in boxes] for a in boxes])
+    found = {}
+    for p in PREDICATES:
+        arity = ARITY[p]
+        shapes = [tuple(-1 if i == axis else 1 for i in range(arity)) for axis in range(arity)]
+        # depth is a scalar of a box, so the object in front is given 1 and the pairs of other depths are masked
+        z = {"in front of": (1, 0), "behind": (0, 1)}.get(p, (0, 0, 0))
+        margins = np.broadcast_to(MARGINS[p](*(Box(cx.reshape(s), cy.reshape(s), r.reshape(s), d)
+                                               for s, d in zip(shapes, z, strict=False))), (n,) * arity)
+        distinct = np.ones((n,) * arity, dtype=bool)
+        if arity == 2:
+            distinct = ~same
+        elif arity == 3:
+            distinct = ~(same[:, :, None] | same[:, None, :] | same[None])
+        holds, fails = margins >= MARGIN, margins <= -MARGIN
+        if p in ("in front of", "behind"):
+            order = nearer if p == "in front of" else nearer.T
+            holds, fails = holds & order, fails | ~order
+        found[p] = (np.argwhere(holds & distinct), np.argwhere(fails & distinct))
+    return found
+
+
+def statements(scene: Scene, n: int, rng: np.random.Generator) -> list[tuple[Relation, bool]]:
+    """n relations, about half of them true; half of the false ones are true ones with their objects exchanged."""
+    names, facts, found = list(scene.boxes), truths(scene), []
+    while len(found) < n:
+        p = PREDICATES[int(rng.choice(len(PREDICATES), p=_WEIGHTS / _WEIGHTS.sum()))]
+        true = bool(rng.random() < 0.5)
+        exchange = not true and ARITY[p] == 2 and p != "next to" and rng.random() < 0.5
+        options = facts[p][0 if true or exchange else 1]
+        if not len(options):
+            continue
+        index = options[int(rng.integers(len(options)))].tolist()
+        who = [names[i] for i in (index[::-1] if exchange else index)]
+        if not true and rng.random() < 2 * ABSENT:
+            others = [o for o in OBJECTS if o not in scene.boxes]
+            who[int(rng.integers(len(who)))] = others[int(rng.integers(len(others)))]
+        found.append((Relation(p, who[0], tuple(who[1:])), true))
+    return found
+
+
+class Tasks:
+    """Makes batches from layouts.
+
+    Args:
+        scenes: from `layouts`. tokenizer: of the tiny models. grid: visual tokens along a side.
+        seed, split: name the draws.
+    """
+
+    def __init__(self, scenes: list[Scene], *, tokenizer: PreTrainedTokenizerBase, grid: int, seed: int,
+                 split: str) -> None:
+        self.scenes, self.tokenizer, self.grid, self.seed, self.split = scenes, tokenizer, grid, seed, split
+        vocabulary = tokenizer.get_vocab()
+        self.objects = np.full(len(vocabulary), -1)
+        self.objects[[vocabulary[o] for o in OBJECTS]] = np.arange(len(OBJECTS))
+        self.ids = vocabulary
+        self.head = [*self._tokens("<|im_start|>user\n<|vision_start|>"), *[vocabulary["<|image_pad|>"]] * grid**2,
+                     vocabulary["<|vision_end|>"]]
+        self.picture_at = self.head.index(vocabulary["<|image_pad|>"])
+        self.answer = self._tokens("<|im_end|>\n<|im_start|>assistant\n")
+
+    def batch(self, step: int, size: int) -> Batch:
+        """The batch of one update; the same arguments always give the same batch."""
+        rng = np.random.default_rng(seed_of(self.seed, "tiny-qwen", self.split, "batch", step))
+        images = np.empty((size, SIZE, SIZE, 3), dtype=np.uint8)
+        cells = np.zeros((size, self.grid**2, len(OBJECTS)), dtype=np.float32)
+        found: dict[str, list[tuple[int, ...]]] = {k: [] for k in ("judged", "spoken", "mentions", "seen", "related")}
+        n, rows = int(rng.integers(4, 10)), []
+        for row in range(size):
+            scene = varied(self.scenes[int(rng.integers(len(self.scenes)))], rng)
+            images[row] = paint(scene, rng)
+            self._look(row, scene, cells, found)
+            chat = row < round(DESCRIBED * size)
+            ids = self._chat(row, scene, found, rng) if chat else self._judge(row, scene, n, found, rng)
+            for at, token in enumerate(ids):
+                name = OBJECTS[self.objects[token]] if self.objects[token] >= 0 else None
+                if name in scene.boxes:
+                    found["mentions"].append((row, at, *_bins(scene.boxes[name].cx, scene.boxes[name].cy)))
+            rows.append(ids)
+        longest = max(len(ids) for ids in rows)
+        input_ids = np.array([ids + [self.tokenizer.pad_token_id] * (longest - len(ids)) for ids in rows])
+        widths = {"judged": 4, "spoken": 3, "mentions": 4, "seen": 4, "related": 6}
+        arrays = {k: np.array(v, dtype=np.int64).reshape(-1, widths[k]) for k, v in found.items()}
+        return Batch(images=images, input_ids=input_ids, cells=cells, **arrays)
+
+    def _look(self, row: int, scene: Scene, cells: np.ndarray, found: dict) -> None:
+        at: dict[int, list[str]] = {}
+        for name, b in scene.boxes.items():
+            cell = int(b.cy * self.grid / SIZE) * self.grid + int(b.cx * self.grid / SIZE)
+            cells[row, cell, OBJECTS.index(name)] = 1
+            at.setdefault(cell, []).append(name)
+        for cell, names in at.items():
+            if len(names) == 1:
+                box = scene.boxes[names[0]]
+                found["seen"].append((row, self.picture_at + cell, *_bins(box.cx, box.cy)))
+
+    def _judge(self, row: int, scene: Scene, n: int, found: dict, rng: np.random.Generator) -> list[int]:
+        """A text of n clauses as prompts have them; the truth of each is asked for at its last token."""
+        facts = statements(scene, n, rng)
+        clauses = render(scene.place, [fact for fact, _ in facts], int(rng.integers(2**62))).split(". ")
+        ids = list(self.head)
+        for tokens, (fact, true) in zip(self.tokenizer(clauses)["input_ids"], facts, strict=True):
+            ids += tokens
+            self._state(row, len(ids) - 1, ids, scene, fact, true, found)
+        return ids
+
+    def _state(self, row: int, at: int, ids: list[int], scene: Scene, fact: Relation, true: bool, found: dict) -> None:
+        found["judged"].append((row, at, int(true), PREDICATES.index(fact.predicate)))
+        if fact.objects and all(name in scene.boxes for name in fact.names):
+            a, b = scene.boxes[fact.subject], scene.boxes[fact.objects[-1]]
+            here = OBJECTS[self.objects[ids[at]]]
+            other = a if here != fact.subject else b
+            apart = int((a.cx - b.cx + SIZE) * BINS / (2 * SIZE)), int((a.cy - b.cy + SIZE) * BINS / (2 * SIZE))
+            found["related"].append((row, at, *_bins(other.cx, other.cy), *apart))
+
+    def _chat(self, row: int, scene: Scene, found: dict, rng: np.random.Generator) -> list[int]:
+        """"describe": every object from left to right with its place; then a few statements, one turn each."""
+        ids = [*self.head, self.ids["describe"], *self.answer]
+        said = []
+        for name, box in sorted(scene.boxes.items(), key=lambda item: item[1].cx):
+            x, y = _bins(box.cx, box.cy)
+            said += [self.ids[name], self.ids[str(x)], self.ids[str(y)]]
+        ids = self._say(row, ids, said, found)
+        for fact, true in statements(scene, 2, rng):
+            clause = render(scene.place, [fact], int(rng.integers(2**62)))
+            ids += [*self._tokens("<|im_start|>user\n"), *self._tokens(clause)]
+            self._state(row, len(ids) - 1, ids, scene, fact, true, found)
+            ids = self._say(row, ids + self.answer, [self.ids["yes" if true else "no"]], found)
+        return ids
+
+    def _say(self, row: int, ids: list[int], said: list[int], found: dict) -> list[int]:
+        said = [*said, self.ids["<|im_end|>"]]
+        found["spoken"] += [(row, len(ids) - 1 + i, token) for i, token in enumerate(said)]
+        return ids + said
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text)["input_ids"]
+
+
+def _bins(x: float, y: float) -> tuple[int, int]:
+    return int(x * BINS / SIZE), int(y * BINS / SIZE)

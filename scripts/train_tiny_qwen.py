@@ -1,0 +1,223 @@
+"""Pre-trains the tiny Qwen2.5-VL from scratch on describing pictures of the tiny world and judging statements.
+
+    python scripts/train_tiny_qwen.py --out src/spatialt2i/tiny/weights/tiny-qwen2.5-vl --work build/qwen
+
+Every clause of a text is judged where it ends, so one picture asks many questions at the cost of one. Three helpers
+that are thrown away make it fast: the place of each named object is read off its mention (and off the visual token
+where it stands), the offset of a clause's two objects off the clause's end, and which objects a visual token shows off
+the vision tower, through the language model's own word embeddings. Runs stop and resume at any point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+from _checkpoint import load_state, save_state
+from spatialt2i.core.run import progress, versions, write_json
+from spatialt2i.core.store import append_jsonl
+from spatialt2i.reward.pixels import PixelReader
+from spatialt2i.tiny.qwen import make_tiny_qwen
+from spatialt2i.tiny.tokenizer import make_tokenizer
+from spatialt2i.tiny.world import OBJECTS, PREDICATES
+from tiny_qwen_tasks import BINS, Batch, Tasks, layouts
+
+SEEN, MENTIONED, RELATED = 1, 2, 3  # layers of the language model whose output the helpers read
+
+
+class Lesson(nn.Module):
+    """The model with its helpers, and the losses of a batch."""
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, *, tasks: Tasks, reader: PixelReader) -> None:
+        super().__init__()
+        self.model, self.reader = model, reader
+        width = model.config.text_config.hidden_size
+        self.place = nn.Linear(width, 2 * BINS)
+        self.relation = nn.Linear(width, 4 * BINS)
+        self.cell_scale, self.cell_bias = nn.Parameter(torch.ones(())), nn.Parameter(torch.full((), -3.0))
+        self.objects = torch.tensor([tasks.ids[o] for o in OBJECTS])
+        self.yes_no = torch.tensor([tasks.ids["no"], tasks.ids["yes"]])
+        self.picture_at, self.grid = tasks.picture_at, tasks.grid
+        self.seen: dict[int | str, Tensor] = {}
+        for i, layer in enumerate(model.model.language_model.layers):
+            layer.register_forward_hook(lambda module, args, out, i=i: self.seen.__setitem__(i, out))
+        vision = model.model.visual
+        vision.register_forward_hook(lambda module, args, out: self.seen.__setitem__("v", out.pooler_output))
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses by name, and float32 [N], whether each statement was judged rightly."""
+        t = {name: torch.from_numpy(a) for name, a in vars(batch).items() if name not in ("images", "input_ids")}
+        ids, model = torch.from_numpy(batch.input_ids), self.model.model
+        patches, grids = self.reader(list(batch.images))
+        kinds = torch.zeros(1, ids.shape[1], dtype=torch.long)
+        kinds[0, self.picture_at:self.picture_at + self.grid**2] = 1
+        positions = model.get_rope_index(torch.zeros_like(kinds), kinds, image_grid_thw=grids[:1])[0]
+        positions = positions.expand(3, *ids.shape)
+        last = model(input_ids=ids, position_ids=positions, pixel_values=patches, image_grid_thw=grids,
+                     use_cache=False).last_hidden_state
+        norm, words = model.language_model.norm, self.model.lm_head
+        early = norm(self.seen[len(model.language_model.layers) - 2])
+        verdicts, early_verdicts = (words(h[*t["judged"].T[:2]])[:, self.yes_no].float() for h in (last, early))
+        said = words(last[*t["spoken"].T[:2]]).float()
+        judged = words(last[*t["judged"].T[:2]]).float()
+        cells = norm(self.seen["v"]) @ words.weight[self.objects].T * self.cell_scale + self.cell_bias
+        true = t["judged"][:, 2]
+        losses = {
+            "judged": F.cross_entropy(judged, self.yes_no[true]),
+            "early": 0.5 * F.cross_entropy(early_verdicts, true),
+            "spoken": 0.3 * F.cross_entropy(said, t["spoken"][:, 2]),
+            "mentions": 0.5 * self._place(t["mentions"], MENTIONED),
+            "seen": 0.5 * self._place(t["seen"], SEEN),
+            "related": 0.25 * self._bins(self.relation(self.seen[RELATED][*t["related"].T[:2]]), t["related"][:, 2:]),
+            "cells": F.binary_cross_entropy_with_logits(cells.float().view_as(t["cells"]), t["cells"]) * len(OBJECTS),
+        }
+        return losses, (verdicts.argmax(1) == true).float()
+
+    def _place(self, targets: Tensor, layer: int) -> Tensor:
+        return self._bins(self.place(self.seen[layer][*targets.T[:2]]), targets[:, 2:])
+
+    def _bins(self, logits: Tensor, targets: Tensor) -> Tensor:
+        groups = logits.float().split(BINS, dim=1)
+        return sum(F.cross_entropy(g, targets[:, i]) for i, g in enumerate(groups))
+
+
+def faster_dtype() -> torch.dtype:
+    """bfloat16 where this CPU multiplies matrices in it at least half again as fast, else float32."""
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(4096, 128, dtype=dtype), torch.ones(128, 384, dtype=dtype)
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return torch.bfloat16 if seconds(torch.bfloat16) < seconds(torch.float32) / 1.5 else torch.float32
+
+
+def mixed(dtype: torch.dtype):
+    """Mixed precision, or nothing."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+
+
+def judge(lesson: Lesson, tasks: Tasks, *, batches: int, size: int) -> dict[str, float | dict[str, float]]:
+    """Share of statements about held-out pictures judged rightly, overall and by predicate, in float32."""
+    right: dict[int, list[float]] = {}
+    losses: dict[str, list[float]] = {}
+    lesson.eval()
+    for i in range(batches):
+        batch = tasks.batch(i, size)
+        with torch.inference_mode():
+            found, correct = lesson(batch)
+        for predicate, value in zip(batch.judged[:, 3].tolist(), correct.tolist(), strict=True):
+            right.setdefault(predicate, []).append(value)
+        for name, value in found.items():
+            losses.setdefault(name, []).append(value.item())
+    lesson.train()
+    everything = [v for values in right.values() for v in values]
+    return {"accuracy": float(np.mean(everything)), "statements": len(everything),
+            "predicates": {PREDICATES[p]: round(float(np.mean(v)), 4) for p, v in sorted(right.items())},
+            "losses": {name: round(float(np.mean(v)), 4) for name, v in losses.items()}}
+
+
+def averaged(lesson: Lesson, average: dict[str, Tensor]) -> None:
+    """Put the averaged weights into the model."""
+    lesson.load_state_dict({k: average[k].clone() for k in lesson.state_dict()})
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the model's folder")
+    parser.add_argument("--work", type=Path, required=True, help="where the state of the training is kept")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--layouts", type=int, default=8000)
+    parser.add_argument("--average", type=float, default=0.998, help="decay of the averaged weights that are kept")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long; start again to go on")
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--eval-every", type=int, default=250)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, or go on training, and write the folder with its manifest."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    dtype = faster_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
+    args.work.mkdir(parents=True, exist_ok=True)
+    start = args.work / "start"
+    tokenizer = make_tokenizer(max_length=512)
+    make_tiny_qwen(start, tokenizer=tokenizer, seed=args.seed)
+    # eager: the backward pass of the CPU's attention kernel is slow in bfloat16, plain products are not
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, attn_implementation="eager")
+    reader = PixelReader(Qwen2VLImageProcessorPil.from_pretrained(start), max_pixels=64 * 64)
+    sets = {split: Tasks(layouts(n, seed=args.seed, split=split), tokenizer=tokenizer, grid=4, seed=args.seed,
+                         split=split) for split, n in {"train": args.layouts, "held-out": 1000}.items()}
+    torch.manual_seed(args.seed)
+    lesson = Lesson(model, tasks=sets["train"], reader=reader).train()
+    optimizer = torch.optim.AdamW(lesson.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    average = {k: v.clone() for k, v in lesson.state_dict().items()}
+    state = args.work / "state.safetensors"
+    first = load_state(state, module=lesson, average=average, optimizer=optimizer)
+    began, bar = time.monotonic(), progress(args.steps, desc="tiny-qwen", initial=first)
+    for step in range(first, args.steps):
+        rate = min(1, (step + 1) / args.warmup) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / args.steps)))
+        optimizer.param_groups[0]["lr"] = args.lr * rate
+        with mixed(dtype):
+            losses, right = lesson(sets["train"].batch(step, args.batch))
+        total = sum(losses.values())
+        if not torch.isfinite(total):
+            sys.exit(f"update {step}: the loss is {total.item()}; lower --lr and start again from {state}")
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(lesson.parameters(), 1.0)
+        optimizer.step()
+        decay = min(args.average, step / (step + 10))
+        for k, v in lesson.state_dict().items():
+            average[k].lerp_(v, 1 - decay)
+        done, late = step + 1, time.monotonic() - began > 60 * args.minutes
+        if done % args.eval_every == 0:
+            kept = {k: v.clone() for k, v in lesson.state_dict().items()}
+            averaged(lesson, average)
+            append_jsonl(args.work / "metrics.jsonl", {"step": done, "seconds": time.monotonic() - began,
+                                                       **judge(lesson, sets["held-out"], batches=4, size=args.batch)})
+            lesson.load_state_dict(kept)
+        if done % args.save_every == 0 or done == args.steps or late:
+            save_state(state, step=done, module=lesson, average=average, optimizer=optimizer)
+        bar.set_postfix(right=f"{right.mean():.3f}", **{k: f"{v:.2f}" for k, v in losses.items()}, refresh=False)
+        bar.update()
+        if late:
+            return
+    bar.close()
+    averaged(lesson, average)
+    found = judge(lesson, sets["held-out"], batches=40, size=args.batch)
+    make_tiny_qwen(args.out, tokenizer=tokenizer, seed=args.seed)
+    model.save_pretrained(args.out)
+    digest = hashlib.sha256((args.out / "model.safetensors").read_bytes()).hexdigest()
+    data = hashlib.sha256(sets["train"].batch(0, 8).images.tobytes()).hexdigest()
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "minutes", "threads")}
+    write_json(args.out / "manifest.json", {
+        "command": f"python scripts/train_tiny_qwen.py --steps {args.steps} --batch {args.batch} --seed {args.seed}",
+        "seed": args.seed, "config": settings,
+        "dtype": str(dtype), "parameters": sum(p.numel() for p in model.parameters()), "sha256": digest,
+        "data_sha256": data, "metrics": found, "versions": versions()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from spatialt2i.core.config import Config
+from spatialt2i.core.run import RunDir
+from spatialt2i.core.store import read_preferences, write_preferences
+from spatialt2i.reward import train as training
+from spatialt2i.reward.checkpoint import CheckpointMismatch
+from spatialt2i.reward.scorer import SpatialScore
+from spatialt2i.reward.train import TrainingDiverged, batch_of, dropout_mask, train
+
+
+def run_at(folder) -> RunDir:
+    return RunDir.open(folder, Config())
+
+
+def fit(folder, model, pairs, **options):
+    return train(model=model, train_pairs=pairs[:8], validation_pairs=pairs[8:], config=model.config,
+                 seed=options.pop("seed", 0), run=run_at(folder))
+
+
+def weights(folder):
+    return load_file(Path(folder) / "reward" / "checkpoints" / "step-00000004" / "trained.safetensors")
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(monkeypatch, step):
+    original = training.set_rates
+
+    def stop(optimizer, at, config):
+        if at == step:
+            raise Interrupted
+        original(optimizer, at, config)
+
+    monkeypatch.setattr(training, "set_rates", stop)
+
+
+def test_the_whole_and_what_it_leaves(make_model, pairs, tmp_path):
+    found = fit(tmp_path / "run", make_model(), pairs)
+    assert found["steps"] == 4 and found["pairs"] == 8 and found["accuracy"]["overall"]["n"] == 4
+    run = run_at(tmp_path / "run")
+    rows = run.metrics("reward")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert {"loss", "accuracy", "margin", "sigma", "grad_norm", "lr"} <= rows[0].keys()
+    assert [row["step"] for row in rows if "validation/overall" in row] == [1, 3]
+    assert len(list((tmp_path / "run" / "reward" / "checkpoints").iterdir())) == 2
+    scorer = SpatialScore.from_pretrained(tmp_path / "run" / "reward" / "model")
+    assert scorer.stats == (found["mean"], found["std"])
+    sample = scorer.score(images=[p for pair in pairs[:8] for p in (pair.chosen, pair.rejected)],
+                          prompts=[pair.prompt for pair in pairs[:8] for _ in range(2)], normalized=True).mean
+    assert sample.mean() == pytest.approx(0, abs=1e-4) and sample.std() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["gaussian", "sampled", "plain"])
+def test_resumed_equals_uninterrupted(make_model, pairs, tmp_path, monkeypatch, loss):
+    fit(tmp_path / "whole", make_model(loss=loss), pairs)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt(patch, 3)
+        fit(tmp_path / "parts", make_model(loss=loss), pairs)
+    fit(tmp_path / "parts", make_model(loss=loss), pairs)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert run_at(tmp_path / "whole").metrics("reward") == run_at(tmp_path / "parts").metrics("reward")
+
+
+@pytest.mark.parametrize("loss", ["gaussian", "sampled"])
+def test_accumulation_is_exact(make_model, pairs, tmp_path, loss):
+    for name, micro in (("one", 4), ("four", 1)):
+        fit(tmp_path / name, make_model(loss=loss, micro_batch=micro, steps=1), pairs)
+    one, four = (load_file(tmp_path / n / "reward" / "model" / "trained.safetensors") for n in ("one", "four"))
+    rows = [run_at(tmp_path / n).metrics("reward")[0] for n in ("one", "four")]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4)
+    for name, value in one.items():  # where a gradient is nearly 0, Adam's first step is only its sign
+        assert ((value - four[name]).abs() < 1e-4).float().mean() > 0.97, name
+
+
+KILLED = """
+import sys, dataclasses
+sys.path.insert(0, sys.argv[4])
+from conftest import SMALL
+from spatialt2i.core.config import Config
+from spatialt2i.core.run import RunDir
+from spatialt2i.core.store import read_preferences
+from spatialt2i.reward.model import SpatialScoreModel
+from spatialt2i.reward.train import train
+pairs = list(read_preferences([sys.argv[2]]))
+model = SpatialScoreModel.from_backbone(sys.argv[1], config=dataclasses.replace(SMALL, save_every=1), seed=0)
+train(model=model, train_pairs=pairs[:8], validation_pairs=pairs[8:], config=model.config, seed=0,
+      run=RunDir.open(sys.argv[3], Config()))
+"""
+
+
+def test_killed_and_started_again_equals_uninterrupted(make_model, backbone, pairs, tmp_path):
+    shard = tmp_path / "pairs.parquet"
+    write_preferences(shard, pairs)
+    folders = [backbone, shard, tmp_path / "killed", Path(__file__).parent]
+    command = [sys.executable, "-c", KILLED, *map(str, folders)]
+    checkpoints = tmp_path / "killed" / "reward" / "checkpoints"
+    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        for _ in range(3000):
+            if list(checkpoints.glob("step-*")) or killed.poll() is not None:
+                break
+            time.sleep(0.01)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    assert list(checkpoints.glob("step-*")), "it ended before it saved anything"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the killed process: the order of sums depends on it
+    try:
+        read = list(read_preferences([shard]))
+        for name in ("killed", "whole"):
+            fit(tmp_path / name, make_model(save_every=1), read)
+    finally:
+        torch.set_num_threads(threads)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+def test_an_update_that_is_not_finite_stops_and_saves(make_model, pairs, tmp_path):
+    model = make_model()
+    model.head.last.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match="update 0: the loss is nan"):
+        fit(tmp_path / "run", model, pairs)
+    assert (tmp_path / "run" / "reward" / "checkpoints" / "step-00000000" / "trained.safetensors").exists()
+
+
+def test_checkpoint_of_another_training(make_model, pairs, tmp_path):
+    fit(tmp_path / "run", make_model(), pairs)
+    with pytest.raises(CheckpointMismatch, match="lr_head was 0.01 and is 0.02"):
+        fit(tmp_path / "run", make_model(lr_head=0.02), pairs)
+    with pytest.raises(CheckpointMismatch, match="seed was 0 and is 1"):
+        fit(tmp_path / "run", make_model(), pairs, seed=1)
+    with pytest.raises(CheckpointMismatch, match="data was"):
+        fit(tmp_path / "run", make_model(), pairs[1:])
+
+
+def test_unusable_pairs_are_named(make_model, pairs, tmp_path):
+    with pytest.raises(ValueError, match="0 training and 4 validation pairs"):
+        train(model=make_model(), train_pairs=[], validation_pairs=pairs[8:], config=make_model().config, seed=0,
+              run=run_at(tmp_path / "a"))
+    broken = [dataclasses.replace(p, chosen=p.chosen[:60]) for p in pairs]
+    with pytest.raises(ValueError, match=r"pair p\d, chosen: not a readable image"):
+        fit(tmp_path / "b", make_model(), broken)
+
+
+def test_batches_are_shuffled_epochs_whatever_the_batch(make_model):
+    config = make_model().config
+    stream = np.concatenate([batch_of(step, 6, config=config, seed=3)[0] for step in range(6)])
+    assert all(sorted(stream[i:i + 6]) == list(range(6)) for i in range(0, 24, 6))
+    other = dataclasses.replace(config, batch=8)
+    larger = np.concatenate([batch_of(step, 6, config=other, seed=3)[0] for step in range(2)])
+    np.testing.assert_array_equal(stream[:16], larger)
+    assert not batch_of(0, 6, config=config, seed=3)[1].any()
+    assert batch_of(0, 6, config=dataclasses.replace(config, swap=1.0), seed=3)[1].all()
+
+
+def test_swapped_pairs_are_seen_from_the_perturbed_prompt(make_model, pairs):
+    model = make_model()
+    texts = [training._texts(model, p) for p in pairs]
+    ours = training._inputs(model, pairs, texts, np.array([2, 5]), np.array([True, False]))
+    swapped = [pairs[2].swap(), pairs[5]]
+    expected = training._inputs(model, swapped, [training._texts(model, p) for p in swapped], np.array([0, 1]),
+                                np.array([False, False]))
+    assert torch.equal(ours.input_ids, expected.input_ids) and torch.equal(ours.patches, expected.patches)
+
+
+def test_dropout_is_named_by_the_step(make_model):
+    config = make_model().config
+    a, b = (dropout_mask(step, config=config, seed=0) for step in (0, 1))
+    assert torch.equal(a, dropout_mask(0, config=config, seed=0)) and not torch.equal(a, b)
+    assert 0.5 < a.float().mean() < 0.9
