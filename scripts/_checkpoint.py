@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 def save_state(path: Path, *, step: int, module: torch.nn.Module, average: dict[str, torch.Tensor],
                optimizer: torch.optim.Optimizer) -> None:
     """Write everything that `load_state` needs, atomically."""
-    tensors = {f"model.{k}": v for k, v in module.state_dict().items()} | {f"average.{k}": v for k, v in average.items()}
+    tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in average.items()}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,13 +27,13 @@ from spatialt2i.core.run import progress
 from spatialt2i.tiny.tokenizer import CLIP_LENGTH, make_tokenizer
 from spatialt2i.tiny.world import OBJECTS
 
-LATENT_CHANNELS = 4
+LATENT_CHANNELS = 8
 SHIFT = 1.6  # of the training noise levels; FLUX's own schedule shifts 64 tokens by exp(0.4675)
 AUX_BLOCK = 1  # the single-stream block whose image tokens must tell which object is where
 
 
 def make_vae() -> AutoencoderKL:
-    """An autoencoder with FLUX's class: 64 x 64 pixels to 16 x 16 x 4."""
+    """An autoencoder with FLUX's class: 64 x 64 pixels to 16 x 16 x 8."""
     return AutoencoderKL(
         in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(32, 48, 64), layers_per_block=1,
@@ -60,7 +60,10 @@ def log(path: Path, **values: float) -> None:
 
 
 def train_vae(args: argparse.Namespace) -> None:
-    """L1 + L2 reconstruction with a light KL and noisy latents, so that decoding forgives small errors."""
+    """L1 + L2 reconstruction of pixels, L2 of their differences (outlines), and a light KL.
+
+    Latents get a little noise before decoding, so that decoding forgives small errors of the transformer.
+    """
     torch.manual_seed(args.seed)
     images = np.load(args.corpus / "images.npy", mmap_mode="r")
     vae = make_vae()
@@ -78,7 +81,8 @@ def train_vae(args: argparse.Namespace) -> None:
             y = vae.decode(z + 0.05 * torch.randn_like(z)).sample
         error = y.float() - x
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.logvar.float().exp() - 1 - posterior.logvar.float()).mean()
-        loss = error.abs().mean() + error.square().mean() + 1e-3 * kl
+        outlines = error.diff(dim=2).square().mean() + error.diff(dim=3).square().mean()
+        loss = error.abs().mean() + error.square().mean() + 2 * outlines + 1e-3 * kl
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -133,7 +137,7 @@ class Flow(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, guidance: torch.Tensor, tokens: torch.Tensor,
                 ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Velocity [B, 64, 16] and object logits [B, 64, 4, 33] of noisy latents x at noise levels t [B]."""
+        """Velocity [B, 64, 32] and object logits [B, 64, 4, 33] of noisy latents x at noise levels t [B]."""
         text = self.t5(tokens).last_hidden_state
         pooled = self.clip(tokens).pooler_output
         v = self.transformer(hidden_states=x, timestep=t, guidance=guidance, pooled_projections=pooled,
@@ -143,7 +147,7 @@ class Flow(torch.nn.Module):
 
 
 def make_latents(args: argparse.Namespace, vae: AutoencoderKL) -> np.ndarray:
-    """Packed latents of the whole corpus, [N, 64, 16] float16, computed once."""
+    """Packed latents of the whole corpus, [N, 64, 32] float16, computed once."""
     path = args.out / "latents.npy"
     if path.exists():
         return np.load(path, mmap_mode="r")
@@ -183,7 +187,7 @@ def train_flow(args: argparse.Namespace) -> None:
         rng = np.random.default_rng((args.seed, step))
         torch.manual_seed(args.seed * 1_000_003 + step)
         pick = rng.integers(len(latents), size=args.batch)
-        x0 = torch.from_numpy(latents[pick].astype(np.float32))  # [B, 64, 16]
+        x0 = torch.from_numpy(latents[pick].astype(np.float32))  # [B, 64, 32]
         words = torch.from_numpy(tokens[pick, rng.integers(tokens.shape[1], size=args.batch)].astype(np.int64))
         words[torch.rand(args.batch) < 0.1] = empty
         target = torch.from_numpy(maps[pick].astype(np.int64)).reshape(-1, 8, 2, 8, 2).permute(0, 1, 3, 2, 4)

@@ -23,10 +23,10 @@ PHRASES: dict[str, tuple[str, str, str, str]] = {
     "between": ("between", "in between", "flanked by", "in the gap between"),
     "in the centre": ("in the centre", "in the middle", "at the centre of the picture", "right in the middle"),
 } | {
-    edge: (edge, edge.replace("at", "against", 1), edge.replace("at", "along", 1), edge.replace("at", "close to", 1))
+    edge: (edge, *(edge.replace("at", other, 1) for other in ("against", "along", "close to")))
     for edge in EDGES
 } | {
-    corner: (corner, corner.replace("in", "tucked into", 1), corner.replace("in", "deep in", 1), corner.replace("in", "at", 1))
+    corner: (corner, *(corner.replace("in", other, 1) for other in ("tucked into", "deep in", "at")))
     for corner in CORNERS
 }
 FRAMES = ("{a} is {r}", "{a} sits {r}", "{r} is {a}", "there is {a} {r}")

@@ -48,7 +48,8 @@ def make_tokenizer(*, max_length: int) -> PreTrainedTokenizerFast:
     longest_first = sorted((t for t in tokens if t not in SPECIAL), key=len, reverse=True)
     pattern = "|".join(rf"\b{re.escape(t)}\b" for t in longest_first) + r"|\w+"
     core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
-    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", tokens.index("</s>"))])
+    core.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokens.index("</s>"))])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, model_max_length=max_length, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
         additional_special_tokens=list(SPECIAL[3:]), padding_side="right", clean_up_tokenization_spaces=False)
