@@ -9,6 +9,7 @@ import numpy as np
 
 from spatialt2i.core.run import seed_of
 from spatialt2i.core.types import Edit, Pair, Prompt, Relation
+from spatialt2i.tiny.bounds import bounds
 from spatialt2i.tiny.layout import choose, overlapping, places, solve
 from spatialt2i.tiny.phrases import render
 from spatialt2i.tiny.world import (
@@ -18,6 +19,7 @@ from spatialt2i.tiny.world import (
 
 MAX_OBJECTS = 7
 MAX_RELATIONS = 12
+_ATTEMPTS = 16  # random edits of a prompt, before it counts as one that cannot be perturbed
 # How often a new object is chained to an earlier one by each predicate.
 _LINK_WEIGHTS = {"left of": 3, "right of": 3, "above": 3, "below": 3, "in front of": 1.5, "behind": 1.5,
                  "on top of": 1.5, "next to": 1.5, "between": 1.5}
@@ -74,7 +76,7 @@ class TinyWriter:
             The pair, or None when no satisfiable edit was found.
         """
         rng = np.random.default_rng(seed)
-        for _ in range(8):
+        for _ in range(_ATTEMPTS):
             edits = _edits(prompt.relations, n_edits, rng)
             if edits is None:
                 continue
@@ -189,18 +191,22 @@ def alternatives(index: int, relation: Relation) -> list[Edit]:
     return found
 
 
+def _flip(i: int, r: Relation) -> Edit:
+    return Edit("flip", i, r, Relation(_OPPOSITE[r.predicate], r.subject, r.objects), dependent=True)
+
+
 def _carry_through(prompt: Prompt, edits: list[Edit], rng: np.random.Generator) -> list[Edit] | None:
     """Add the edits that must follow: a clause about an edited object that contradicts its new place is flipped too."""
     for _ in range(3):
         relations = applied(prompt.relations, edits)
-        if solve(prompt.objects, relations, prompt.scene, rng, tries=12) is not None:
+        if solve(prompt.objects, relations, prompt.scene, rng, tries=8) is not None:
             return edits
         moved = {name for e in edits for name in e.before.names}
         free = [i for i, r in enumerate(prompt.relations) if r.predicate in _OPPOSITE and set(r.names) & moved
                 and i not in {e.index for e in edits}]
         if not free:
             return None
-        i = free[int(rng.integers(len(free)))]
-        r = prompt.relations[i]
-        edits = [*edits, Edit("flip", i, r, Relation(_OPPOSITE[r.predicate], r.subject, r.objects), dependent=True)]
+        flips = [_flip(i, prompt.relations[i]) for i in rng.permutation(free).tolist()]
+        edits = next((e for e in ([*edits, flip] for flip in flips)
+                      if bounds(prompt.objects, applied(prompt.relations, e)) is not None), [*edits, flips[0]])
     return None

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from spatialt2i.core.types import Relation
+from spatialt2i.tiny.bounds import bounds, fixed, window
 from spatialt2i.tiny.world import MARGIN, MARGINS, OVERLAPS, SIZE, Box, Scene, apart, covered_share, depths, radius_range
 
 _AXIS = np.arange(SIZE, dtype=np.float64)
-_GRID_X, _GRID_Y = (a.ravel() for a in np.meshgrid(_AXIS, _AXIS))
+_ANYWHERE = (np.array([0, 0, 0, -SIZE]), np.array([SIZE, SIZE, 2 * SIZE, SIZE]))
+_TOUCHING = ("on top of", "next to")  # relations whose objects may stand side by side without a gap
+_COVERED = (0.1, 0.4)  # share of a covered object that must be hidden, to be seen as such and still be named
 
 
 def overlapping(relations: Sequence[Relation]) -> set[frozenset[str]]:
@@ -19,28 +22,43 @@ def overlapping(relations: Sequence[Relation]) -> set[frozenset[str]]:
 
 
 def places(name: str, r: float, z: int, placed: dict[str, Box], relations: Sequence[Relation],
-           shared: set[frozenset[str]], rng: np.random.Generator) -> Box:
+           shared: set[frozenset[str]], rng: np.random.Generator,
+           within: tuple[np.ndarray, np.ndarray] = _ANYWHERE) -> Box:
     """All places where an object may stand, given the objects that stand already.
 
     Only relations whose other objects are all placed are looked at. Objects that no relation overlaps keep 2 pixels
     of distance, related ones may touch.
 
+    Args:
+        name: the object. r: half its size in pixels. z: its depth.
+        placed: where the other objects stand. relations: all of the scene. shared: what `overlapping` returned.
+        rng: shifts the grid of places by less than a pixel.
+        within: least and greatest x, y, x + y and x - y of the centre.
+
     Returns:
         A box whose ``cx`` and ``cy`` are arrays of the legal centres in pixels, possibly empty.
     """
     shift = rng.random(2)
-    x, y = _GRID_X + shift[0], _GRID_Y + shift[1]
-    ok = (x >= r + 1) & (x <= SIZE - 1 - r) & (y >= r + 1) & (y <= SIZE - 1 - r)
-    x, y = x[ok], y[ok]
-    touching = {n for q in relations if name in q.names and q.predicate in ("on top of", "next to") for n in q.names}
+    low, high = np.maximum(within[0][:2], r + 1), np.minimum(within[1][:2], SIZE - 1 - r)
+    xs, ys = ((_AXIS + shift[i])[(_AXIS + shift[i] >= low[i]) & (_AXIS + shift[i] <= high[i])] for i in (0, 1))
+    x, y = np.tile(xs, len(ys)), np.repeat(ys, len(xs))
+    if within is not _ANYWHERE:
+        u, v = x + y, x - y
+        keep = (u >= within[0][2]) & (u <= within[1][2]) & (v >= within[0][3]) & (v <= within[1][3])
+        x, y = x[keep], y[keep]
+    touching: set[str] = set()
+    for q in relations:
+        names = q.names
+        if name in names:
+            if q.predicate in _TOUCHING:
+                touching.update(names)
+            if all(n == name or n in placed for n in names):
+                here = Box(x, y, r, z)
+                keep = MARGINS[q.predicate](*(here if n == name else placed[n] for n in names)) >= MARGIN
+                x, y = x[keep], y[keep]
     for other, box in placed.items():
         if frozenset((name, other)) not in shared:
             keep = apart(Box(x, y, r), box, 0.0 if other in touching else 2.0)
-            x, y = x[keep], y[keep]
-    for q in relations:
-        if name in q.names and all(n == name or n in placed for n in q.names):
-            here = Box(x, y, r, z)
-            keep = MARGINS[q.predicate](*(here if n == name else placed[n] for n in q.names)) >= MARGIN
             x, y = x[keep], y[keep]
     return Box(x, y, r, z)
 
@@ -64,22 +82,30 @@ def solve(objects: Sequence[str], relations: Sequence[Relation], place: str, rng
         rng: where the randomness comes from.
         tries: restarts before giving up.
     """
+    room = bounds(objects, relations)
+    if room is None:
+        return None
     z, shared = depths(relations), overlapping(relations)
     ranges = {name: radius_range(name, relations, len(objects)) for name in objects}
     for _ in range(tries):
         placed: dict[str, Box] = {}
-        for name in objects:
-            box = choose(places(name, rng.uniform(*ranges[name]), z.get(name, 0), placed, relations, shared, rng), rng)
+        left = room  # shrinks with every object that is placed
+        for i, name in enumerate(objects):
+            r = rng.uniform(*ranges[name])
+            box = choose(places(name, r, z.get(name, 0), placed, relations, shared, rng, window(left, i)), rng)
             if box is None:
                 break
             placed[name] = box
-        if len(placed) == len(objects) and visible(relations, placed):
+            if not _visible(name, relations, placed):
+                break
+            left = fixed(left, i, box.cx, box.cy)
+        else:
             return Scene(place, placed)
     return None
 
 
-def visible(relations: Sequence[Relation], boxes: dict[str, Box]) -> bool:
-    """Whether every covered object is covered enough to be seen as such, and shows enough of itself to be named."""
+def _visible(name: str, relations: Sequence[Relation], placed: dict[str, Box]) -> bool:
+    """Whether what the object covers, or what covers it, is hidden enough and not too much."""
     pairs = [r.names if r.predicate == "in front of" else r.names[::-1] for r in relations
-             if r.predicate in ("in front of", "behind")]
-    return all(0.1 <= covered_share(front, back, boxes) <= 0.4 for front, back in pairs)
+             if r.predicate in ("in front of", "behind") and name in r.names and all(n in placed for n in r.names)]
+    return all(_COVERED[0] <= covered_share(front, back, placed) <= _COVERED[1] for front, back in pairs)
