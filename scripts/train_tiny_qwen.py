@@ -147,7 +147,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layouts", type=int, default=8000)
     parser.add_argument("--average", type=float, default=0.998, help="decay of the averaged weights that are kept")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long; start again to go on")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then; start again to go on")
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--eval-every", type=int, default=250)
     parser.add_argument("--threads", type=int, default=1)

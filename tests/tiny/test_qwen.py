@@ -1,0 +1,83 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+from spatialt2i.tiny.qwen import make_tiny_qwen
+from spatialt2i.tiny.tokenizer import make_tokenizer
+from spatialt2i.tiny.world import MARGIN, OBJECTS, PREDICATES, margin
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import tiny_qwen_tasks as lessons  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return lessons.layouts(12, seed=0, split="test")
+
+
+@pytest.fixture(scope="module")
+def tasks(scenes):
+    return lessons.Tasks(scenes, tokenizer=make_tokenizer(max_length=512), grid=4, seed=0, split="test")
+
+
+def test_stock_classes_read_the_folder_and_generate(tmp_path):
+    made = make_tiny_qwen(tmp_path, tokenizer=make_tokenizer(max_length=64), seed=0, width=32, layers=2, heads=2,
+                          vision_width=32, vision_layers=1)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    tokenizer, processor = AutoTokenizer.from_pretrained(tmp_path), Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    for name, weight in made.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+    pixels = processor(images=[np.zeros((64, 64, 3), np.uint8)], return_tensors="pt")
+    assert pixels["image_grid_thw"].tolist() == [[1, 8, 8]]
+    text = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>describe<|im_end|>"
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, **pixels,
+                         mm_token_type_ids=(ids == model.config.image_token_id).int())
+    assert out.shape[1] <= ids.shape[1] + 3
+
+
+def test_width_must_fit_the_heads(tmp_path):
+    with pytest.raises(ValueError, match="width 40 must be a multiple of 16 x 2 heads"):
+        make_tiny_qwen(tmp_path, tokenizer=make_tokenizer(max_length=64), seed=0, width=40, heads=2)
+
+
+def test_truths_are_the_worlds(scenes):
+    for scene in scenes:
+        names = list(scene.boxes)
+        for predicate, (holds, fails) in lessons.truths(scene).items():
+            for rows, sign in ((holds, 1), (fails, -1)):
+                for index in rows.tolist():
+                    relation = lessons.Relation(predicate, names[index[0]], tuple(names[i] for i in index[1:]))
+                    assert sign * margin(relation, scene.boxes) >= MARGIN
+
+
+def test_statements_are_what_they_say(scenes):
+    rng = np.random.default_rng(0)
+    found = [(scene, *s) for scene in scenes for s in lessons.statements(scene, 40, rng)]
+    share = np.mean([true for _, _, true in found])
+    assert 0.4 < share < 0.6
+    for scene, relation, true in found:
+        if all(name in scene.boxes for name in relation.names):
+            assert (margin(relation, scene.boxes) >= MARGIN) == true
+        else:
+            assert not true
+    assert {r.predicate for _, r, _ in found} == set(PREDICATES)
+
+
+def test_batches_repeat_and_point_at_what_they_mean(tasks):
+    batch, again = tasks.batch(3, 10), tasks.batch(3, 10)
+    assert np.array_equal(batch.images, again.images) and np.array_equal(batch.input_ids, again.input_ids)
+    named = tasks.objects[batch.input_ids[batch.mentions[:, 0], batch.mentions[:, 1]]]
+    assert (named >= 0).all() and batch.mentions[:, 2:].max() < lessons.BINS
+    row, cell = batch.seen[:, 0], batch.seen[:, 1] - tasks.picture_at
+    assert (batch.cells[row, cell].sum(1) == 1).all()
+    assert np.array_equal(cell % 4, batch.seen[:, 2] // 4) and np.array_equal(cell // 4, batch.seen[:, 3] // 4)
+    answers = batch.spoken[batch.spoken[:, 0] == 0]
+    words = tasks.tokenizer.convert_ids_to_tokens(answers[:, 2].tolist())
+    assert set(words) & set(OBJECTS) and {"yes", "no"} & set(words) and words[-1] == "<|im_end|>"
+    told = batch.input_ids[answers[:, 0], answers[:, 1] + 1]
+    assert np.array_equal(told, answers[:, 2])
