@@ -183,7 +183,8 @@ def train_flow(args: argparse.Namespace) -> None:
     weight[0] = 0.25  # most of a picture is background
     saved = time.monotonic()
     for step in progress(range(start, args.steps), desc="flow", total=args.steps, initial=start):
-        torch._foreach_copy_([*worker.parameters()], [*flow.parameters()])
+        with torch.no_grad():
+            torch._foreach_copy_([*worker.parameters()], [*flow.parameters()])
         rng = np.random.default_rng((args.seed, step))
         torch.manual_seed(args.seed * 1_000_003 + step)
         pick = rng.integers(len(latents), size=args.batch)

@@ -7,6 +7,7 @@ functions, so that a stage needs only its own extra.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,11 +135,14 @@ def bench_indomain(config: Config, run: RunDir) -> dict[str, Any]:
     """Part 4: base against tuned generator, pictures under ``eval/``, figures under ``bench/``."""
     _needs(run, "rl", "rl train")
     from spatialt2i.bench.indomain import compare
+    adapter = run.path / "rl" / "adapter"
 
     def work() -> dict[str, Any]:
-        return compare(base=make_policy(config), tuned=make_policy(config, adapter=run.path / "rl" / "adapter"),
-                       verifier=make_verifier(config), scorer=make_scorer(config, run), prompts=bench_prompts(config),
-                       config=config.bench, seed=config.seed, folder=run.stage("eval"))
+        return compare(
+            generators={"base": lambda: make_policy(config), "tuned": lambda: make_policy(config, adapter=adapter)},
+            identities={"base": config.rl.model, "tuned": _digest(adapter)}, verifier=make_verifier(config),
+            scorer=make_scorer(config, run), prompts=bench_prompts(config), config=config.bench, seed=config.seed,
+            folder=run.stage("eval"))
 
     return _stage(run, "bench", _key(config, "bench"), work)
 
@@ -317,6 +321,15 @@ def _open_image(path: Path) -> Any:
         raise FileNotFoundError(f"{path}: no such image file") from e
     except (OSError, SyntaxError) as e:
         raise OSError(f"{path}: not a picture that can be decoded ({e}); expected PNG, JPEG or WebP") from e
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of the files of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _size_mb(folder: Path) -> float:
