@@ -44,8 +44,8 @@ def compare(*, generators: Mapping[str, Callable[[], Generator]], identities: Ma
 
     Returns:
         Per set: ``base`` and ``tuned`` with ``relations`` (share of true ones), ``all`` (every relation true and the
-        picture clean), ``presence``, ``clean``, ``coverage`` and ``predicates``; ``gain_all``, paired by prompt.
-        Beside the sets: ``spatialscore`` with the mean score of each generator.
+        picture clean), ``presence``, ``clean`` and ``coverage``; ``gain_all``, paired by prompt; ``predicates``, the
+        share of true relations by predicate and generator. Beside the sets: ``spatialscore``, the mean score of each.
     """
     figures: dict[str, Any] = {name: {} for name in prompts}
     owners = {name: [p for p in members for _ in range(config.images_per_prompt)] for name, members in prompts.items()}
@@ -69,6 +69,8 @@ def compare(*, generators: Mapping[str, Callable[[], Generator]], identities: Ma
     for name in prompts:
         figures[name]["gain_all"] = paired_gain(right[name, "base"], right[name, "tuned"], resamples=config.bootstrap,
                                                 seed=seed_of(seed, "bootstrap", name, "gain"))
+        tables = {who: figures[name][who].pop("predicates") for who in generators}
+        figures[name]["predicates"] = {p: {who: table[p] for who, table in tables.items()} for p in tables["base"]}
     mean = {who: mean_interval(values, resamples=config.bootstrap, seed=seed_of(seed, "bootstrap", "score"))
             for who, values in scores.items()}
     return figures | {"spatialscore": mean}

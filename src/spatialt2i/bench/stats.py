@@ -13,8 +13,7 @@ Figure = dict[str, float | int | None]
 def mean_interval(values: Sequence[float], *, resamples: int, seed: int) -> Figure:
     """Mean of one value per prompt with a percentile bootstrap interval; NaN says "not judged" and is left out.
 
-    Where all values are equal a bootstrap has no width; a share of 0 or 1 then gets its exact (Clopper-Pearson)
-    interval instead.
+    Where all values are 0 or all are 1 a bootstrap has no width; they get their exact (Clopper-Pearson) interval.
 
     Args:
         values: one per prompt.
@@ -26,19 +25,24 @@ def mean_interval(values: Sequence[float], *, resamples: int, seed: int) -> Figu
     """
     x = np.asarray(values, dtype=np.float64)
     x = x[~np.isnan(x)]
-    if not len(x):
-        return {"value": None, "lo": None, "hi": None, "n": 0}
-    mean = float(x.mean())
-    if np.ptp(x) == 0:
-        lo, hi = (mean, mean) if mean not in (0.0, 1.0) else stats.binomtest(
-            int(x.sum()), len(x)).proportion_ci(method="exact")
-    else:
-        lo, hi = stats.bootstrap((x,), np.mean, n_resamples=resamples, method="percentile", vectorized=True,
-                                 batch=500, rng=np.random.default_rng(seed)).confidence_interval
-    return {"value": mean, "lo": float(lo), "hi": float(hi), "n": len(x)}
+    if len(x) and np.ptp(x) == 0 and x[0] in (0.0, 1.0):
+        lo, hi = stats.binomtest(int(x.sum()), len(x)).proportion_ci(method="exact")
+        return {"value": float(x[0]), "lo": float(lo), "hi": float(hi), "n": len(x)}
+    return _bootstrap(x, resamples, seed)
 
 
 def paired_gain(before: Sequence[float], after: Sequence[float], *, resamples: int, seed: int) -> Figure:
     """Mean of ``after - before`` over prompts that are judged in both, with its paired bootstrap interval."""
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    return mean_interval(difference, resamples=resamples, seed=seed)
+    return _bootstrap(difference[~np.isnan(difference)], resamples, seed)
+
+
+def _bootstrap(x: np.ndarray, resamples: int, seed: int) -> Figure:
+    if not len(x):
+        return {"value": None, "lo": None, "hi": None, "n": 0}
+    mean = float(x.mean())
+    if np.ptp(x) == 0:
+        return {"value": mean, "lo": mean, "hi": mean, "n": len(x)}
+    found = stats.bootstrap((x,), np.mean, n_resamples=resamples, method="percentile", vectorized=True, batch=500,
+                            rng=np.random.default_rng(seed)).confidence_interval
+    return {"value": mean, "lo": float(found.low), "hi": float(found.high), "n": len(x)}
