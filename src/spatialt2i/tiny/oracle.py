@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import ndimage
 
 from spatialt2i.core.types import Prompt, Verdict
-from spatialt2i.tiny.world import COLOURS, OBJECTS, SHAPES, SIZE, Box, margin, outline
+from spatialt2i.tiny.world import COLOURS, OBJECTS, SHAPES, SIZE, Box, covers, margin, outline
 
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 _UNKNOWN = -1
@@ -64,26 +64,27 @@ def segment(pixels: np.ndarray) -> np.ndarray:
     return labels
 
 
-@dataclass(frozen=True)
 class _View:
-    """A window of the picture: the region to explain, all pixels of its colour, those of other paint, and the axes."""
+    """A window of the picture, against which outlines are tried.
 
-    region: np.ndarray
-    own: np.ndarray
-    hidden: np.ndarray
-    x: np.ndarray
-    y: np.ndarray
+    Args:
+        region: the pixels to explain. own: all pixels of its colour. hidden: those of other paint; bool [h, w] each.
+        x, y: centres of the columns [w] and of the rows [h] in pixels.
+    """
+
+    def __init__(self, region: np.ndarray, own: np.ndarray, hidden: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
+        self.x, self.y = x, y[:, None]
+        self.layers = np.stack([region, own, hidden, np.ones_like(own)], -1).reshape(-1, 4).astype(np.float32)
+        self.size = float(np.count_nonzero(region))
 
     def overlap(self, places: np.ndarray, shape: str) -> np.ndarray:
         """Intersection over union with outlines at N places [N, 3] (cx, cy, r); hidden pixels weigh little."""
         cx, cy, r = (places[:, i, None, None] for i in range(3))
-        inside = outline(shape, self.x - cx, self.y - cy, r) < 0
-        common = np.count_nonzero(inside & self.own, axis=(1, 2))
-        stray = np.count_nonzero(~inside & self.region, axis=(1, 2))
-        covered = np.count_nonzero(inside & self.hidden, axis=(1, 2))
-        missing = np.count_nonzero(inside, axis=(1, 2)) - common - covered
+        inside = covers(shape, self.x - cx, self.y - cy, r)
+        # one product counts the pixels of all four layers inside every outline; float32 holds such counts exactly
+        explained, common, covered, area = (inside.reshape(len(places), -1).astype(np.float32) @ self.layers).T
         # a price for what is hidden, or an outline could grow under its neighbours for nothing
-        return common / (common + stray + missing + _HIDDEN_PRICE * covered)
+        return common / (self.size - explained + area - covered + _HIDDEN_PRICE * covered)
 
     def best(self, places: np.ndarray, shape: str) -> tuple[float, np.ndarray]:
         """The best of some places, with its overlap."""
@@ -92,14 +93,20 @@ class _View:
         return float(overlap[i]), places[i]
 
 
+def _window(region: np.ndarray, reach: int) -> tuple[slice, slice]:
+    """The rows and columns of a region, and ``reach`` pixels around it."""
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    return (slice(max(int(rows[0]) - reach, 0), int(rows[-1]) + 1 + reach),
+            slice(max(int(columns[0]) - reach, 0), int(columns[-1]) + 1 + reach))
+
+
 def _fit(region: np.ndarray, own: np.ndarray, painted: np.ndarray, *, whole: bool) -> Found:
     """The shape and place that explain a region best; unless it is whole, what other paint hides may belong to it."""
-    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
-    y0, y1, x0, x1 = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    rows, columns = _window(region, 0)
+    y0, y1, x0, x1 = rows.start, rows.stop, columns.start, columns.stop
     half = max(x1 - x0, y1 - y0) / 2
-    reach = 2 if whole else int(half) + 3
-    ys, xs = slice(max(y0 - reach, 0), y1 + reach), slice(max(x0 - reach, 0), x1 + reach)
-    view = _View(region[ys, xs], own[ys, xs], (painted & ~own)[ys, xs], _CENTRES[xs], _CENTRES[ys, None])
+    at = _window(region, 2 if whole else int(half) + 3)
+    view = _View(region[at], own[at], painted[at] & ~own[at], _CENTRES[at[1]], _CENTRES[at[0]])
     if whole:
         starts = [((x0 + x1) / 2, (y0 + y1) / 2, half)]
     else:
@@ -124,24 +131,33 @@ def detect(labels: np.ndarray) -> tuple[dict[str, Found], int]:
     """
     found: dict[str, Found] = {}
     core = ndimage.maximum_filter(labels, 3) == ndimage.minimum_filter(labels, 3)
+    cores = np.bincount(labels[core] + 1, minlength=len(COLOURS) + 2)  # pixels of each label, from -1
     for index, colour in enumerate(COLOURS, start=1):
-        region = labels == index
-        if np.count_nonzero(region & core) < _MIN_CORE:
-            continue
-        parts, count = ndimage.label(region, _NEIGHBOURHOOD)
-        cores = np.bincount(parts[core], minlength=count + 1)[1:]
-        region = own = np.isin(parts, np.flatnonzero(cores) + 1)
-        others = core & (labels != 0) & (labels != index)
-        whole = not (ndimage.binary_dilation(region, _NEIGHBOURHOOD, iterations=3) & others).any()
-        if not whole:
-            # opening drops rims: the blend of two neighbours' colours along their edge can look like a third colour
-            region = region & ndimage.binary_dilation(region & core, _NEIGHBOURHOOD)
-        best = _fit(region, own, labels != 0, whole=whole)
-        if best.fit < _MIN_FIT and np.count_nonzero(cores) > 1:
-            largest = parts == 1 + int(cores.argmax())
-            best = dataclasses.replace(_fit(largest, largest, labels != 0, whole=False), fault="drawn more than once")
-        found[colour] = dataclasses.replace(best, fault=best.fault or _fault(best, region))
-    return found, int(np.count_nonzero(core & (labels == _UNKNOWN)))
+        if cores[index + 1] >= _MIN_CORE:
+            found[colour] = _find(labels, core, index)
+    return found, int(cores[_UNKNOWN + 1])
+
+
+def _find(labels: np.ndarray, core: np.ndarray, index: int) -> Found:
+    """What the region of a colour is."""
+    region = labels == index
+    parts, count = ndimage.label(region, _NEIGHBOURHOOD)
+    cores = np.bincount(parts[core], minlength=count + 1)
+    cores[0] = 0  # the background of the parts
+    if count > 1:
+        region = (cores > 0)[parts]  # parts without a core are rims
+    own = region
+    at = _window(region, 3)
+    others = core[at] & (labels[at] != 0) & (labels[at] != index)
+    whole = not (ndimage.binary_dilation(region[at], _NEIGHBOURHOOD, iterations=3) & others).any()
+    if not whole:
+        # opening drops rims: the blend of two neighbours' colours along their edge can look like a third colour
+        region = region & ndimage.maximum_filter(region & core, 3)
+    best = _fit(region, own, labels != 0, whole=whole)
+    if best.fit < _MIN_FIT and np.count_nonzero(cores) > 1:
+        largest = parts == int(cores.argmax())
+        best = dataclasses.replace(_fit(largest, largest, labels != 0, whole=False), fault="drawn more than once")
+    return best if best.fault else dataclasses.replace(best, fault=_fault(best, region))
 
 
 def _fault(found: Found, region: np.ndarray) -> str:
@@ -158,7 +174,7 @@ def _with_depth(labels: np.ndarray, a: Found, b: Found, ia: int, ib: int) -> tup
     """Two boxes with the depth that the pixels of their common area tell."""
     common = np.ones_like(labels, dtype=bool)
     for f in (a, b):
-        common &= outline(f.shape, _CENTRES[None, :] - f.box.cx, _CENTRES[:, None] - f.box.cy, f.box.r) < 0
+        common &= covers(f.shape, _CENTRES[None, :] - f.box.cx, _CENTRES[:, None] - f.box.cy, f.box.r)
     na, nb = int((labels[common] == ia).sum()), int((labels[common] == ib).sum())
     return dataclasses.replace(a.box, z=int(na > nb)), dataclasses.replace(b.box, z=int(nb > na))
 
@@ -170,13 +186,13 @@ class TinyOracle:
 
     def verify(self, *, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Verdict]:
         """One verdict per picture. Objects that the world does not know are not judged."""
-        return [self._verify(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        seen: dict[int, tuple[np.ndarray, dict[str, Found], int]] = {}  # a picture with several prompts is looked at once
+        for image in images:
+            if id(image) not in seen:
+                seen[id(image)] = _look(image)
+        return [self._judge_all(prompt, *seen[id(image)]) for image, prompt in zip(images, prompts, strict=True)]
 
-    def _verify(self, image: Image.Image, prompt: Prompt) -> Verdict:
-        if image.size != (SIZE, SIZE):
-            image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
-        labels = segment(np.asarray(image.convert("RGB")))
-        found, unknown = detect(labels)
+    def _judge_all(self, prompt: Prompt, labels: np.ndarray, found: dict[str, Found], unknown: int) -> Verdict:
         names = prompt.objects
         colours = [name.split()[0] for name in names]
         known = {name: name in OBJECTS and colours.count(colour) == 1 for name, colour in zip(names, colours, strict=True)}
@@ -196,6 +212,14 @@ class TinyOracle:
             "boxes": {f"{c} {f.shape}": [round(v, 1) for v in f.box.corners] for c, f in found.items()},
             "reasons": why, "unasked": extra, "smear_pixels": unknown}
         return Verdict(overall, tuple(relations), present, clean, self.name, evidence)
+
+
+def _look(image: Image.Image) -> tuple[np.ndarray, dict[str, Found], int]:
+    """The labels of a picture's pixels, and what `detect` finds in them."""
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
+    labels = segment(np.asarray(image.convert("RGB")))
+    return labels, *detect(labels)
 
 
 def _why_absent(name: str, found: dict[str, Found]) -> str:

@@ -176,13 +176,28 @@ def outline(shape: str, x: np.ndarray, y: np.ndarray, r: float | np.ndarray) -> 
     raise ValueError(f"unknown shape {shape!r}: expected circle, square, triangle or cross")
 
 
+def covers(shape: str, x: np.ndarray, y: np.ndarray, r: float | np.ndarray) -> np.ndarray:
+    """Where `outline` is negative, faster: x and y may be axes that only the last, boolean step broadcasts."""
+    ax, ay = np.abs(x), np.abs(y)
+    if shape == "circle":
+        return x * x + y * y < r * r
+    if shape == "square":
+        return (ax < r) & (ay < r)
+    if shape == "triangle":
+        return (y < r) & (2 * ax < y + r)
+    if shape == "cross":
+        arm = 0.35 * r
+        return (ax < r) & (ay < arm) | (ax < arm) & (ay < r)
+    raise ValueError(f"unknown shape {shape!r}: expected circle, square, triangle or cross")
+
+
 def covered_share(front: str, back: str, boxes: dict[str, Box]) -> float:
     """Share of the object at the back that the one in front hides, 0 to 1."""
     a, b = boxes[front], boxes[back]
     at = np.linspace(-b.r, b.r, 15)
     x, y = at[None, :], at[:, None]
-    behind = outline(back.split()[1], x, y, b.r) < 0
-    hidden = behind & (outline(front.split()[1], x + b.cx - a.cx, y + b.cy - a.cy, a.r) < 0)
+    behind = covers(back.split()[1], x, y, b.r)
+    hidden = behind & covers(front.split()[1], x + b.cx - a.cx, y + b.cy - a.cy, a.r)
     return np.count_nonzero(hidden) / np.count_nonzero(behind)
 
 
