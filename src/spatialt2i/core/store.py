@@ -78,13 +78,26 @@ def write_preferences(path: str | Path, rows: Sequence[Preference]) -> str:
     for row in rows:
         for name, value in _to_columns(row).items():
             columns[name].append(value)
+    return write_table(path, pa.Table.from_pydict(columns, schema=schema()))
+
+
+def schema() -> pa.Schema:
+    """The columns of a shard, with the note that lets `datasets` show its images."""
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     types = {"string": pa.string(), "int32": pa.int32(), "int64": pa.int64(), "image": image}
     features = {n: {"_type": "Image"} if k == "image" else {"dtype": k, "_type": "Value"} for n, k in COLUMNS.items()}
-    schema = pa.schema([(n, types[k]) for n, k in COLUMNS.items()],
-                       metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    return pa.schema([(n, types[k]) for n, k in COLUMNS.items()],
+                     metadata={"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def write_table(path: str | Path, table: pa.Table) -> str:
+    """Write rows of shards as one shard, atomically; equal rows give equal bytes.
+
+    Returns:
+        The sha256 of the file, in hex.
+    """
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pydict(columns, schema=schema), buffer, row_group_size=500, compression="zstd",
+    pq.write_table(table.combine_chunks(), buffer, row_group_size=500, compression="zstd",
                    use_dictionary=["generator", "scene"], write_page_checksum=True)
     data = buffer.getvalue()
     write_atomic(path, data)

@@ -1,0 +1,156 @@
+"""From shards to the dataset: splits that share no scene, parquet files, and the card that `load_dataset` reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spatialt2i.core.config import DataConfig
+from spatialt2i.core.run import write_atomic
+from spatialt2i.core.store import schema, write_table
+from spatialt2i.data.stages import KEPT
+
+SPLITS = ("train", "validation", "test")
+_SPAN = 2**63  # scene keys are uniform below it
+
+
+def plan(manifests: Sequence[dict[str, Any]], *, config: DataConfig,
+         exclude: frozenset[int]) -> tuple[list[list[str | None]], Counter[str]]:
+    """Which split each row of each shard goes to.
+
+    All pairs with the same place and objects go to one split, whatever else is in the dataset: so no text, no scene and
+    no list of relations is in two splits. Of equal texts the first stays.
+
+    Args:
+        manifests: of all shards, in order.
+        config: the shares of the splits.
+        exclude: keys of texts that must not appear, as either prompt of a pair.
+
+    Returns:
+        A split's name, or None for a row that is left out, per row of each shard; and how many were left out, and why.
+    """
+    seen: set[int] = set()
+    dropped: Counter[str] = Counter()
+    splits: list[list[str | None]] = []
+    for manifest in manifests:
+        splits.append([])
+        for scene, perfect, perturbed in manifest["rows"]:
+            why = ("in an evaluation set" if exclude & {perfect, perturbed} else
+                   "text written before" if perfect in seen else None)
+            dropped.update([why] if why else [])
+            seen.add(perfect)
+            splits[-1].append(None if why else _split(scene, config))
+    return splits, dropped
+
+
+def _split(scene: int, config: DataConfig) -> str:
+    at = scene / _SPAN
+    return "test" if at < config.test else "validation" if at < config.test + config.validation else "train"
+
+
+def assemble(shards: Sequence[Path], splits: Sequence[Sequence[str | None]], *, folder: Path,
+             rows: int) -> dict[str, str]:
+    """Write the splits as parquet files ``{split}-{i}-of-{n}.parquet``; equal shards give equal bytes.
+
+    Args:
+        shards: parquet files, read one at a time.
+        splits: what `plan` returned.
+        folder: where the files go; parquet files of an earlier plan are removed.
+        rows: rows per file; memory is bounded by those of one file per split.
+
+    Returns:
+        The sha256 of each file, by name.
+    """
+    totals = Counter(name for part in splits for name in part)
+    files = {name: max(-(-totals[name] // rows), 1) for name in SPLITS}
+    names = {name: [f"{name}-{i:05d}-of-{n:05d}.parquet" for i in range(n)] for name, n in files.items()}
+    for path in folder.glob("*.parquet"):
+        if path.name not in {n for group in names.values() for n in group}:
+            path.unlink()
+    waiting = {name: schema().empty_table() for name in SPLITS}
+    todo = {name: iter(group) for name, group in names.items()}
+    sums: dict[str, str] = {}
+
+    def write(name: str, table: pa.Table) -> None:
+        file = next(todo[name])
+        sums[file] = write_table(folder / file, table)
+
+    for path, part in zip(shards, splits, strict=True):
+        table = pq.read_table(path, schema=schema())
+        for name in SPLITS:
+            index = pa.array([i for i, split in enumerate(part) if split == name], pa.int64())
+            waiting[name] = pa.concat_tables([waiting[name], table.take(index)])
+            while waiting[name].num_rows >= rows:
+                write(name, waiting[name].slice(0, rows))
+                waiting[name] = waiting[name].slice(rows)
+    for name in SPLITS:
+        if waiting[name].num_rows or not totals[name]:
+            write(name, waiting[name])
+    return dict(sorted(sums.items()))
+
+
+def rows_of(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Some columns of all rows of a dataset, file by file in the order of the splits."""
+    for name in SPLITS:
+        for path in sorted(folder.glob(f"{name}-*.parquet")):
+            for batch in pq.ParquetFile(path).iter_batches(batch_size=1000, columns=list(columns)):
+                yield from batch.to_pylist()
+
+
+def write_card(folder: Path, *, counts: dict[str, int], statistics: dict[str, Any]) -> None:
+    """Write ``README.md``, the dataset card; its header tells `datasets` where the splits are."""
+    files = "\n".join(f"  - split: {name}\n    path: data/{name}-*.parquet" for name in SPLITS)
+    rows = "\n".join(f"| {name} | {counts[name]} |" for name in SPLITS)
+    funnel = "\n".join(f"| {name} | {n} |" for name, n in statistics["funnel"].items())
+    write_atomic(folder / "README.md", f"""---
+license: apache-2.0
+task_categories:
+- text-to-image
+size_categories:
+- {_size(counts[KEPT])}
+configs:
+- config_name: default
+  data_files:
+{files}
+---
+# Spatial preference pairs
+
+Each row is a prompt with spatial relations, an image that follows it (`chosen`), and an image of the same prompt after
+one to three of its relations were changed (`rejected`). Both images were verified under their own prompts, and neither
+satisfies the other's. Scores are for `prompt`.
+
+| column | meaning |
+|---|---|
+| `id`, `perturbed_id` | ids of the two prompts |
+| `prompt`, `perturbed_prompt` | their texts; only relation words and the order of objects differ, and articles with it |
+| `chosen`, `rejected` | the images |
+| `relations`, `perturbed_relations` | JSON lists of `predicate`, `subject`, `objects`, in the order of the clauses |
+| `edits` | JSON list: `kind`, `index`, `before`, `after`; `dependent` where an edit only follows from another |
+| `n_perturbations` | edits that are not dependent |
+| `generator`, `seed` | who drew both images, and the seed of both |
+| `verdicts` | JSON: of `chosen` under `prompt` and of `rejected` under `perturbed_prompt`, with evidence |
+| `scene` | the place |
+
+| split | pairs |
+|---|---|
+{rows}
+
+No two splits share a place together with its objects, so they share no text and no list of relations either.
+
+| step | pairs |
+|---|---|
+{funnel}
+
+Relations per prompt: mean {statistics["relations_per_prompt"]["mean"]}. Words per prompt: mean \
+{statistics["words_per_prompt"]["mean"]}.
+""")
+
+
+def _size(n: int) -> str:
+    bounds = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+    return next((name for limit, name in bounds if n < limit), "1M<n<10M")

@@ -1,0 +1,108 @@
+"""One unit of work: a run of candidate pairs, computed by one process and stored as one set of files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spatialt2i.core.config import DataConfig
+from spatialt2i.core.protocols import Generator, Verifier, Writer
+from spatialt2i.core.run import read_json, seed_of, write_json
+from spatialt2i.core.store import write_jsonl, write_preferences
+from spatialt2i.core.types import Prompt
+from spatialt2i.data.stages import KEPT, UNPERTURBED, draw_and_judge, outcome, perturb_prompts, write_prompts
+
+Parts = Callable[[], tuple[Writer, Generator, Verifier]]
+FILES = ("prompts/{}.jsonl", "pairs/{}.jsonl", "verdicts/{}.jsonl", "shards/{}.parquet")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a worker process is told.
+
+    Attributes:
+        number: position among the shards. start, stop: its candidate indices.
+        config, seed: what the pairs depend on. identity: a hash of both; files of another one are stale.
+        folder: where the files go. parts: makes the writer, the generator and the verifier.
+    """
+
+    number: int
+    start: int
+    stop: int
+    config: DataConfig
+    seed: int
+    identity: str
+    folder: Path
+    parts: Parts
+
+    def path(self, pattern: str) -> Path:
+        """One of `FILES` of this shard."""
+        return self.folder / pattern.format(f"{self.number:05d}")
+
+    @property
+    def manifest(self) -> Path:
+        """The file that says that the others are complete; it is written last."""
+        return self.path("shards/{}.json")
+
+
+def make_shard(shard: Shard) -> dict[str, Any]:
+    """Compute a shard, write its files, and return its manifest."""
+    writer, generator, verifier = shard.parts()
+    counts: Counter[str] = Counter()
+    prompts = write_prompts(writer, indices=range(shard.start, shard.stop), config=shard.config, seed=shard.seed)
+    pairs = perturb_prompts(writer, prompts, config=shard.config, seed=shard.seed)
+    counts[UNPERTURBED] = pairs.count(None)
+    found, verdicts, kept = [p for p in pairs if p is not None], [], []
+    for preference, crossed in draw_and_judge(generator, verifier, found, seed=shard.seed):
+        result = outcome(preference.verdicts, crossed)
+        counts[result] += 1
+        if result == KEPT:
+            kept.append(preference)
+        own = [v.to_json() for v in preference.verdicts]
+        verdicts.append({"id": preference.prompt.id, "outcome": result, "verdicts": own, "under_the_other": crossed})
+    write_jsonl(shard.path(FILES[0]), [p.to_json() for p in prompts])
+    write_jsonl(shard.path(FILES[1]), [{"id": p.perfect.id, "perturbed": p.perturbed.to_json(),
+                                        "edits": [e.to_json() for e in p.edits]} for p in found])
+    write_jsonl(shard.path(FILES[2]), verdicts)
+    write_preferences(shard.path(FILES[3]), kept)
+    manifest = {
+        "identity": shard.identity, "counts": dict(sorted(counts.items())),
+        "sha256": {pattern: _sha256(shard.path(pattern)) for pattern in FILES},
+        "rows": [[scene_key(p.prompt), text_key(p.pair.perfect.text), text_key(p.pair.perturbed.text)] for p in kept],
+    }
+    write_json(shard.manifest, manifest)
+    return manifest
+
+
+def stored(shard: Shard) -> dict[str, Any] | None:
+    """The manifest of a shard whose files are all there and whole, else None.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    try:
+        manifest = read_json(shard.manifest)
+        whole = manifest["identity"] == shard.identity and all(
+            _sha256(shard.path(pattern)) == manifest["sha256"][pattern] for pattern in FILES)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing, cut off, or no manifest at all
+        return None
+    return manifest if whole else None
+
+
+def scene_key(prompt: Prompt) -> int:
+    """A hash of the place and the objects, which a pair's two prompts share; splits are made of whole keys."""
+    return seed_of("scene", prompt.scene, *sorted(prompt.objects))
+
+
+def text_key(text: str) -> int:
+    """A hash of a prompt's text."""
+    return seed_of("text", text)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
