@@ -7,6 +7,7 @@ functions, so that a stage needs only its own extra.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -36,8 +37,9 @@ def data_build(config: Config, run: RunDir) -> dict[str, Any]:
     from spatialt2i.data.pipeline import build_dataset
 
     def work() -> dict[str, Any]:
-        return build_dataset(config=config.data, seed=config.seed, folder=run.stage("data"), writer=make_writer(config),
-                             generator=make_painter(config), verifier=make_verifier(config))
+        evaluated = frozenset(p.text for prompts in bench_prompts(config).values() for p in prompts)
+        return build_dataset(config=config.data, seed=config.seed, folder=run.stage("data"),
+                             parts=functools.partial(data_parts, config), exclude=evaluated)
 
     return _stage(run, "data", _key(config, "data"), work)
 
@@ -177,6 +179,11 @@ def doctor(config: Config, run: RunDir | None) -> dict[str, Any]:
 
 
 # ---- objects ---------------------------------------------------------------------------------------------------------
+
+def data_parts(config: Config) -> tuple[Writer, Generator, Verifier]:
+    """What part 1 needs; each of its processes makes its own."""
+    return make_writer(config), make_painter(config), make_verifier(config)
+
 
 def make_writer(config: Config) -> Writer:
     """``data.writer``."""

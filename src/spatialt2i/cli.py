@@ -48,6 +48,7 @@ GROUPS = {
     "rl": "Part 3: Spatial-RL, GRPO on an image generator.",
     "bench": "Part 4: benchmarks of generators.",
 }
+LONG = ("statistics", "sha256")  # figures that are for --json and the report, not for a terminal
 EVERYTHING = ("data", "reward", "rl", "bench")
 SCORE_OPTIONS = (
     click.Option(["--image", "images"], type=click.Path(path_type=Path), multiple=True, required=True,
@@ -176,7 +177,7 @@ def _show_log() -> None:
 
 
 def _show(figures: dict[str, Any], json_file: str | None) -> None:
-    lines = list(figure_lines(figures))
+    lines = list(figure_lines({k: v for k, v in figures.items() if k not in LONG}))
     width = max((len(key) for key, _ in lines), default=0)
     for key, text in lines:
         click.echo(f"{key:<{width}}  {text}", err=json_file == "-")
