@@ -173,10 +173,10 @@ def test_batches_are_shuffled_epochs_whatever_the_batch(make_model):
 
 def test_swapped_pairs_are_seen_from_the_perturbed_prompt(make_model, pairs):
     model = make_model()
-    texts = [training._texts(model, p) for p in pairs]
+    texts = training._texts(model, pairs)
     ours = training._inputs(model, pairs, texts, np.array([2, 5]), np.array([True, False]))
     swapped = [pairs[2].swap(), pairs[5]]
-    expected = training._inputs(model, swapped, [training._texts(model, p) for p in swapped], np.array([0, 1]),
+    expected = training._inputs(model, swapped, training._texts(model, swapped), np.array([0, 1]),
                                 np.array([False, False]))
     assert torch.equal(ours.input_ids, expected.input_ids) and torch.equal(ours.patches, expected.patches)
 

@@ -57,7 +57,7 @@ def train(*, model: SpatialScoreModel, train_pairs: Sequence[Preference], valida
         raise ValueError(f"{len(train_pairs)} training and {len(validation_pairs)} validation pairs: both are needed; "
                          "build more pairs (data.pairs, data.validation)")
     folder, device = run.stage(STAGE), model.device
-    texts = [_texts(model, pair) for pair in progress(train_pairs, desc="reading prompts")]  # [pairs][2] token ids
+    texts = _texts(model, train_pairs)
     optimizer = make_optimizer(model, config)
     identity = checkpoint.identity(config, seed, [p.prompt.id for p in train_pairs])
     start, best = checkpoint.resume(folder, model=model, optimizer=optimizer, identity=identity)
@@ -154,10 +154,11 @@ def dropout_mask(step: int, *, config: RewardConfig, seed: int) -> Tensor:
     return torch.rand(2, config.batch, config.head_width, generator=generator) >= config.head_dropout
 
 
-def _texts(model: SpatialScoreModel, pair: Preference) -> list[list[int]]:
-    """Token ids of the perfect and of the perturbed prompt."""
-    prompts = (pair.pair.perfect, pair.pair.perturbed)
-    return model.tokenize([p.text for p in prompts], [f"pair {pair.prompt.id}, prompt {p.id}" for p in prompts])
+def _texts(model: SpatialScoreModel, pairs: Sequence[Preference]) -> list[list[list[int]]]:
+    """Token ids of the perfect and of the perturbed prompt of each pair, [pairs][2][tokens]."""
+    prompts = [(pair, p) for pair in pairs for p in (pair.pair.perfect, pair.pair.perturbed)]
+    ids = model.tokenize([p.text for _, p in prompts], [f"pair {pair.prompt.id}, prompt {p.id}" for pair, p in prompts])
+    return [ids[i:i + 2] for i in range(0, len(ids), 2)]
 
 
 def _inputs(model: SpatialScoreModel, pairs: Sequence[Preference], texts: Sequence[list[list[int]]], rows: np.ndarray,
