@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from spatialt2i.core.types import Relation
-from spatialt2i.tiny.world import CENTRE, CORNERS, EDGES, MARGIN, OVERLAPS, SIZE, radius_range
+from spatialt2i.tiny.world import CENTRE, CORNERS, EDGES, GAP, MARGIN, OVERLAPS, SIZE, TOUCHING, radius_range
 
 _X, _Y, _U, _V = range(4)  # u = x + y, v = x - y
 _ROUNDS = 3  # each lets the bounds along the axes and along the diagonals tighten one another
@@ -40,13 +40,15 @@ def bounds(objects: Sequence[str], relations: Sequence[Relation]) -> np.ndarray 
     upper[:2, 1:, 0] = SIZE - 1 - low[1:]
     upper[:2, 0, 1:] = -(low[1:] + 1)
     upper[:, range(len(low)), range(len(low))] = 0
+    reach = _reach(relations, index, low)
+    gap = np.maximum(np.maximum(low[:, None] + low - 1, reach), MARGIN)  # between objects of which one is on a side of the other
     undecided: list[list[tuple[_Link, _Link]]] = []
     for relation in relations:
         at = [index[name] for name in relation.names]
         if relation.predicate in _REVERSED:
-            _order(upper, (_REVERSED[relation.predicate], at[1], at[0]), low)
+            _order(upper, (_REVERSED[relation.predicate], at[1], at[0]), gap)
         elif relation.predicate in _ORDERS:
-            _order(upper, (relation.predicate, *at), low)
+            _order(upper, (relation.predicate, *at), gap)
         elif relation.predicate == "between":
             undecided.append([((side, p, at[0]), (side, at[0], q)) for side in _ORDERS for p, q in (at[1:], at[:0:-1])])
         for axis, i, j, bound in _bounds(relation.predicate, at, low, high):
@@ -54,13 +56,15 @@ def bounds(objects: Sequence[str], relations: Sequence[Relation]) -> np.ndarray 
     for _ in range(_ROUNDS):
         _close(upper)
         for ways in undecided:
-            ways[:] = [way for way in ways if all(_may_order(upper, link, low) for link in way)]
+            ways[:] = [way for way in ways if all(_may_order(upper, link, gap) for link in way)]
             if not ways:
                 return None
             for link in ways[0] if len(ways) == 1 else ():
-                _order(upper, link, low)
-    consistent = (np.diagonal(upper, axis1=1, axis2=2) >= 0).all()
-    return upper if consistent and _have_room(upper, relations, index, low) else None
+                _order(upper, link, gap)
+        if not _keep_apart(upper, reach):
+            return None
+    _close(upper)
+    return upper if (np.diagonal(upper, axis1=1, axis2=2) >= 0).all() else None
 
 
 def fixed(upper: np.ndarray, i: int, cx: float, cy: float) -> np.ndarray:
@@ -86,22 +90,22 @@ def _close(upper: np.ndarray) -> None:
         np.minimum(upper, upper[:, :, k, None] + upper[:, k, None, :], out=upper)
 
 
-def _differences(link: _Link, low: np.ndarray) -> Iterator[tuple[int, int, int, float]]:
+def _differences(link: _Link, gap: np.ndarray) -> Iterator[tuple[int, int, int, float]]:
     """(axis, i, j, least value of centre j - centre i) for each that an order of two objects sets."""
     side, first, second = link
     axis, forwards = _ORDERS[side]
-    yield axis, first, second, max(MARGIN, low[first] + low[second] - 1)
+    yield axis, first, second, gap[first, second]
     yield _U, first, second, MARGIN
     yield (_V, first, second, MARGIN) if forwards else (_V, second, first, MARGIN)
 
 
-def _order(upper: np.ndarray, link: _Link, low: np.ndarray) -> None:
-    for axis, i, j, least in _differences(link, low):
+def _order(upper: np.ndarray, link: _Link, gap: np.ndarray) -> None:
+    for axis, i, j, least in _differences(link, gap):
         upper[axis, i, j] = min(upper[axis, i, j], -least)
 
 
-def _may_order(upper: np.ndarray, link: _Link, low: np.ndarray) -> bool:
-    return all(upper[axis, j, i] >= least for axis, i, j, least in _differences(link, low))
+def _may_order(upper: np.ndarray, link: _Link, gap: np.ndarray) -> bool:
+    return all(upper[axis, j, i] >= least for axis, i, j, least in _differences(link, gap))
 
 
 def _bounds(predicate: str, at: Sequence[int], low: np.ndarray, high: np.ndarray) -> Iterator[tuple[int, int, int, float]]:
@@ -133,9 +137,24 @@ def _bounds(predicate: str, at: Sequence[int], low: np.ndarray, high: np.ndarray
             yield axis, b, a, reach
 
 
-def _have_room(upper: np.ndarray, relations: Sequence[Relation], index: dict[str, int], low: np.ndarray) -> bool:
-    """Whether objects that must not overlap can still be apart along x or along y."""
-    shared = {frozenset(r.names) for r in relations if r.predicate in OVERLAPS}
-    reach = np.maximum(upper, upper.transpose(0, 2, 1))[:2].max(0)
-    return all(reach[i, j] >= low[i] + low[j] for a, i in index.items() for b, j in index.items()
-               if i < j and frozenset((a, b)) not in shared)
+def _reach(relations: Sequence[Relation], index: dict[str, int], low: np.ndarray) -> np.ndarray:
+    """[N+1, N+1]: how far apart two centres are along x or along y at least; -inf where objects may overlap."""
+    reach = low[:, None] + low + GAP
+    reach[0], reach[:, 0] = -np.inf, -np.inf
+    np.fill_diagonal(reach, -np.inf)
+    for relation in relations:
+        if relation.predicate in OVERLAPS or relation.predicate in TOUCHING:
+            i, j = (index[name] for name in relation.names)
+            least = -np.inf if relation.predicate in OVERLAPS else min(reach[i, j], low[i] + low[j])
+            reach[i, j] = reach[j, i] = least
+    return reach
+
+
+def _keep_apart(upper: np.ndarray, reach: np.ndarray) -> bool:
+    """Tighten where two objects can be apart on one side only; False where they cannot be apart at all."""
+    fits = upper[:2] >= reach  # [axis, i, j]: i can be on the far side of j
+    ways = fits.sum(0) + fits.sum(0).T
+    forced = fits & (ways == 1)
+    if forced.any():
+        upper[:2] = np.minimum(upper[:2], np.where(forced, -reach, np.inf).transpose(0, 2, 1))
+    return bool((ways > 0).all())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,8 +13,8 @@ from spatialt2i.tiny.bounds import bounds
 from spatialt2i.tiny.layout import choose, overlapping, places, solve
 from spatialt2i.tiny.phrases import render
 from spatialt2i.tiny.world import (
-    ABSOLUTE, ARITY, COLOURS, CONTAINERS, CORNERS, EDGES, MARGIN, PREDICATES, SCENES, SHAPES, SIDES, Box, depths,
-    margin, radius_range,
+    ABSOLUTE, ARITY, COLOURS, CONTAINERS, CORNERS, EDGES, MARGIN, OVERLAPS, PREDICATES, SCENES, SHAPES, SIDES, Box,
+    depths, margin, radius_range,
 )
 
 MAX_OBJECTS = 7
@@ -117,9 +117,13 @@ def _grow(n_relations: int, rng: np.random.Generator) -> list[Relation] | None:
                 break
         else:
             return None
+    told = {frozenset(r.names) for r in relations}
     for fact in _facts(names, placed, rng):
-        if len(relations) < n_relations and not any(set(fact.names) == set(r.names) for r in relations):
+        if len(relations) == n_relations:
+            break
+        if frozenset(fact.names) not in told and margin(fact, placed) >= MARGIN:
             relations.append(fact)
+            told.add(frozenset(fact.names))
     return relations if len(relations) == n_relations else None
 
 
@@ -146,15 +150,13 @@ def _links(i: int, names: Sequence[str], anchored: bool, nested: bool, relations
     return [Relation(predicate, names[i], (target,))]
 
 
-def _facts(names: Sequence[str], boxes: dict[str, Box], rng: np.random.Generator) -> Iterator[Relation]:
-    """Facts of a layout that hold clearly, in random order."""
+def _facts(names: Sequence[str], boxes: dict[str, Box], rng: np.random.Generator) -> list[Relation]:
+    """What could be said of a layout beside what overlaps, in random order; containers are too large for most places."""
     found = [Relation(p, a) for a in names for p in ABSOLUTE if boxes[a].r < 15 or p == ABSOLUTE[0]]
-    pairwise = [p for p in PREDICATES if ARITY[p] == 2 and p not in ("in front of", "behind", "inside")]
+    pairwise = [p for p in PREDICATES if ARITY[p] == 2 and p not in OVERLAPS]
     found += [Relation(p, a, (b,)) for a in names for b in names if a != b for p in pairwise]
     found += [Relation("between", a, (b, c)) for a in names for b in names for c in names if a not in (b, c) and b < c]
-    for i in rng.permutation(len(found)).tolist():
-        if margin(found[i], boxes) >= MARGIN:
-            yield found[i]
+    return [found[i] for i in rng.permutation(len(found)).tolist()]
 
 
 def _edits(relations: Sequence[Relation], n_edits: int, rng: np.random.Generator) -> list[Edit] | None:

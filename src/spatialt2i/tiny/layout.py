@@ -8,11 +8,12 @@ import numpy as np
 
 from spatialt2i.core.types import Relation
 from spatialt2i.tiny.bounds import bounds, fixed, window
-from spatialt2i.tiny.world import MARGIN, MARGINS, OVERLAPS, SIZE, Box, Scene, apart, covered_share, depths, radius_range
+from spatialt2i.tiny.world import (
+    GAP, MARGIN, MARGINS, OVERLAPS, SIZE, TOUCHING, Box, Scene, apart, covered_share, depths, radius_range,
+)
 
 _AXIS = np.arange(SIZE, dtype=np.float64)
 _ANYWHERE = (np.array([0, 0, 0, -SIZE]), np.array([SIZE, SIZE, 2 * SIZE, SIZE]))
-_TOUCHING = ("on top of", "next to")  # relations whose objects may stand side by side without a gap
 _COVERED = (0.1, 0.4)  # share of a covered object that must be hidden, to be seen as such and still be named
 
 
@@ -26,8 +27,8 @@ def places(name: str, r: float, z: int, placed: dict[str, Box], relations: Seque
            within: tuple[np.ndarray, np.ndarray] = _ANYWHERE) -> Box:
     """All places where an object may stand, given the objects that stand already.
 
-    Only relations whose other objects are all placed are looked at. Objects that no relation overlaps keep 2 pixels
-    of distance, related ones may touch.
+    Only relations whose other objects are all placed are looked at. Objects that no relation overlaps keep `GAP`
+    pixels of distance, or may touch.
 
     Args:
         name: the object. r: half its size in pixels. z: its depth.
@@ -50,7 +51,7 @@ def places(name: str, r: float, z: int, placed: dict[str, Box], relations: Seque
     for q in relations:
         names = q.names
         if name in names:
-            if q.predicate in _TOUCHING:
+            if q.predicate in TOUCHING:
                 touching.update(names)
             if all(n == name or n in placed for n in names):
                 here = Box(x, y, r, z)
@@ -58,7 +59,7 @@ def places(name: str, r: float, z: int, placed: dict[str, Box], relations: Seque
                 x, y = x[keep], y[keep]
     for other, box in placed.items():
         if frozenset((name, other)) not in shared:
-            keep = apart(Box(x, y, r), box, 0.0 if other in touching else 2.0)
+            keep = apart(Box(x, y, r), box, 0.0 if other in touching else GAP)
             x, y = x[keep], y[keep]
     return Box(x, y, r, z)
 

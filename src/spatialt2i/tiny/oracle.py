@@ -141,7 +141,8 @@ def detect(labels: np.ndarray) -> tuple[dict[str, Found], int]:
 def _find(labels: np.ndarray, core: np.ndarray, index: int) -> Found:
     """What the region of a colour is."""
     region = labels == index
-    parts, count = ndimage.label(region, _NEIGHBOURHOOD)
+    at, parts = _window(region, 0), np.zeros(region.shape, dtype=np.int32)
+    parts[at], count = ndimage.label(region[at], _NEIGHBOURHOOD)
     cores = np.bincount(parts[core], minlength=count + 1)
     cores[0] = 0  # the background of the parts
     if count > 1:

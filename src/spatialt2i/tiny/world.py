@@ -146,6 +146,8 @@ MARGINS: dict[str, Callable[..., np.ndarray]] = {
 PREDICATES = tuple(MARGINS)
 SIDES = ("left of", "right of", "above", "below")
 OVERLAPS = ("in front of", "behind", "inside")  # the only relations whose objects may share pixels
+TOUCHING = ("on top of", "next to")  # relations whose objects may stand side by side without a gap
+GAP = 2.0  # pixels between other objects
 ABSOLUTE = PREDICATES[PREDICATES.index("in the centre"):]
 EDGES, CORNERS = ABSOLUTE[1:5], ABSOLUTE[5:]
 ARITY = {p: 1 if p in ABSOLUTE else 3 if p == "between" else 2 for p in PREDICATES}
