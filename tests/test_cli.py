@@ -35,6 +35,7 @@ def stage(monkeypatch) -> SimpleNamespace:
         return seen.work(config, run)
 
     monkeypatch.setattr(cli, "_function", lambda stage: function)
+    monkeypatch.setattr(cli, "_card", lambda run: f"the card of {run.path}\n")
     return seen
 
 
@@ -123,6 +124,11 @@ def test_figures_are_shown_and_written(stage: SimpleNamespace, tmp_path: Path) -
     assert "accuracy.one  0.9512 [0.94, 0.96] of 2000" in result.stdout
     assert "bad           not judged" in result.stdout and "rows.0.mean   1.5" in result.stdout
     assert json.loads((tmp_path / "out" / "x.json").read_text()) == FIGURES
+
+
+def test_a_whole_run_ends_with_its_report_card(stage: SimpleNamespace, tmp_path: Path) -> None:
+    for name in ("report", "all", "quickstart"):
+        assert spatialt2i(name, "--run", tmp_path / name).stdout == f"the card of {tmp_path / name}\n"
 
 
 def test_json_on_standard_output_is_json_alone(stage: SimpleNamespace, tmp_path: Path) -> None:

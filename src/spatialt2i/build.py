@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spatialt2i.core.config import Config, section_hash
+from spatialt2i.core.config import Config, load_config, section_hash
 from spatialt2i.core.device import describe_machine, pick_device, set_threads
-from spatialt2i.core.run import RunDir, RunError, atomic_path, measured, seed_of
+from spatialt2i.core.run import RunDir, RunError, atomic_path, measured, read_json, seed_of
 from spatialt2i.core.store import read_preferences
 from spatialt2i.core.types import Prompt
 
@@ -149,10 +149,24 @@ def bench_indomain(config: Config, run: RunDir) -> dict[str, Any]:
     return _stage(run, "bench", _key(config, "bench"), work)
 
 
-def report(config: Config, run: RunDir) -> dict[str, Any]:
-    """The page and the figures of what is there, ``report.html`` and ``report.json`` in the run's folder."""
+def report(config: Config, run: RunDir, *, beside: Sequence[Path] = ()) -> dict[str, Any]:
+    """The page and the figures of what is there, ``report.html`` and ``report.json`` in the run's folder.
+
+    With the folders of other runs in ``beside`` also ``compare.html``, and its figures under ``compare``.
+    """
+    from spatialt2i.report.compare import compare
     from spatialt2i.report.page import write_report
-    return write_report(run=run, seed=config.seed)
+    figures = write_report(run=run)
+    if beside:
+        others = [RunDir.open(path, load_config(path / "config.toml")) for path in beside]
+        figures["compare"] = compare([run, *others], run.path / "compare.html")
+    return figures
+
+
+def report_card(run: RunDir) -> str:
+    """The figures of the run's report on a few lines, the last of which names the page."""
+    from spatialt2i.report.figures import report_card
+    return report_card(read_json(run.path / "report.json"), str(run.path))
 
 
 def all_stages(config: Config, run: RunDir) -> dict[str, Any]:

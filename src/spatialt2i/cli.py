@@ -30,6 +30,7 @@ class Stage:
         preset: used where neither ``--preset`` nor the run's own config says otherwise.
         makes_run: False where the command works without a run, and never makes its folder.
         options: the command's own.
+        card: show the report card instead of every figure.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     preset: str = "tiny"
     makes_run: bool = True
     options: tuple[click.Option, ...] = ()
+    card: bool = False
 
 
 GROUPS = {
@@ -64,6 +66,10 @@ SAMPLE_OPTIONS = (
     click.Option(["--base"], is_flag=True, help="Draw with the model as it was before Spatial-RL."),
     click.Option(["--out"], type=click.Path(path_type=Path), help="Folder of the pictures; default: RUN/samples."),
 )
+REPORT_OPTIONS = (
+    click.Option(["--beside"], type=click.Path(path_type=Path), multiple=True, metavar="DIR",
+                 help="Another run: its reward curve and update times beside this run's, in RUN/compare.html."),
+)
 STAGES = (
     Stage("data build", "data_build", "Write prompts and perturbed prompts, draw both, keep what is verified.",
           ("data",), ("data",)),
@@ -77,10 +83,11 @@ STAGES = (
           options=SAMPLE_OPTIONS),
     Stage("bench indomain", "bench_indomain", "Base against tuned generator on held-out prompts, judged by the oracle.",
           ("bench",), ("bench", "eval")),
-    Stage("report", "report", "Write report.html and report.json of the run.", (), ("report",)),
-    Stage("all", "all_stages", "Every stage from prompts to report; finished ones are kept.", EVERYTHING),
+    Stage("report", "report", "Write report.html and report.json of the run.", (), ("report",), options=REPORT_OPTIONS,
+          card=True),
+    Stage("all", "all_stages", "Every stage from prompts to report; finished ones are kept.", EVERYTHING, card=True),
     Stage("quickstart", "all_stages", "Every stage, small: the whole loop in minutes on two cores.", EVERYTHING,
-          preset="quickstart"),
+          preset="quickstart", card=True),
     Stage("doctor", "doctor", "What is installed, which device, how much memory, what is missing and for what.",
           makes_run=False),
 )
@@ -153,7 +160,11 @@ def _run_command(stage: Stage, given: dict[str, Any]) -> None:
             raise
         click.echo(f"Error: {_message(e)}\n(--debug shows where)", err=True)
         sys.exit(2 if isinstance(e, ConfigError) else 1)
-    _show(figures, given["json_file"])
+    _show(figures, given["json_file"], _card(opened) if stage.card else None)
+
+
+def _card(run: RunDir) -> str:
+    return importlib.import_module("spatialt2i.build").report_card(run)
 
 
 def _function(stage: Stage) -> Callable[..., dict[str, Any]]:
@@ -176,11 +187,11 @@ def _show_log() -> None:
         log.setLevel(logging.INFO)
 
 
-def _show(figures: dict[str, Any], json_file: str | None) -> None:
+def _show(figures: dict[str, Any], json_file: str | None, card: str | None) -> None:
     lines = list(figure_lines({k: v for k, v in figures.items() if k not in LONG}))
     width = max((len(key) for key, _ in lines), default=0)
-    for key, text in lines:
-        click.echo(f"{key:<{width}}  {text}", err=json_file == "-")
+    listing = "".join(f"{key:<{width}}  {text}\n" for key, text in lines)
+    click.echo(card or listing, nl=False, err=json_file == "-")
     if json_file == "-":
         click.echo(json_text(figures), nl=False)
     elif json_file:

@@ -25,6 +25,7 @@ NEEDED_FOR = {
     "tensorboard": "live curves; metrics.jsonl is written without it",
     "scipy": "statistics of the benchmarks",
     "matplotlib": "figures of the dataset and the report",
+    "jinja2": "the page of the report",
 }
 
 
