@@ -23,7 +23,8 @@ BINS = 16  # coordinates are told in sixteenths of the canvas
 DESCRIBED = 0.2  # share of pictures that are described and asked about in chat form; the others are judged in place
 ABSENT = 0.05  # share of statements about an object that is not in the picture
 RELATIONS = np.array([0, 1, 503, 3348, 10572, 15572, 19054, 13829, 11056, 3430, 1428, 357], dtype=float)
-_WEIGHTS = np.array([3.0 if p in SIDES else 1.5 if ARITY[p] > 1 else 0.4 for p in PREDICATES])
+_OFTEN = (*SIDES, "in front of", "behind")
+_WEIGHTS = np.array([3.0 if p in _OFTEN else 1.5 if ARITY[p] > 1 else 0.4 for p in PREDICATES])
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,12 @@ def truths(scene: Scene) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def statements(scene: Scene, n: int, rng: np.random.Generator) -> list[tuple[Relation, bool]]:
-    """n relations, about half of them true; half of the false ones are true ones with their objects exchanged."""
+def statements(scene: Scene, n: int, rng: np.random.Generator, true_share: float = 0.5) -> list[tuple[Relation, bool]]:
+    """n relations, a share of them true; half of the false ones are true ones with their objects exchanged."""
     names, facts, found = list(scene.boxes), truths(scene), []
     while len(found) < n:
         p = PREDICATES[int(rng.choice(len(PREDICATES), p=_WEIGHTS / _WEIGHTS.sum()))]
-        true = bool(rng.random() < 0.5)
+        true = bool(rng.random() < true_share)
         exchange = not true and ARITY[p] == 2 and p != "next to" and rng.random() < 0.5
         options = facts[p][0 if true or exchange else 1]
         if not len(options):
@@ -173,14 +174,19 @@ class Tasks:
                 found["seen"].append((row, self.picture_at + cell, *_bins(box.cx, box.cy)))
 
     def _judge(self, row: int, scene: Scene, n: int, found: dict, rng: np.random.Generator) -> list[int]:
-        """A text of n clauses as prompts have them; the truth of each is asked for at its last token."""
-        facts = statements(scene, n, rng)
+        """A text of n clauses as prompts have them; the truth of each is asked for at its last token.
+
+        Half of the texts follow the word "judge" and are answered with the number of false clauses.
+        """
+        counted, mostly_true = (rng.random(2) < 0.5).tolist()
+        facts = statements(scene, n, rng, true_share=0.85 if mostly_true else 0.5)
         clauses = render(scene.place, [fact for fact, _ in facts], int(rng.integers(2**62))).split(". ")
-        ids = list(self.head)
-        for tokens, (fact, true) in zip(self.tokenizer(clauses)["input_ids"], facts, strict=True):
-            ids += tokens
+        ids = [*self.head, self.ids["judge"]] if counted else list(self.head)
+        for clause, (fact, true) in zip(clauses, facts, strict=True):
+            ids += self._tokens(clause)
             self._state(row, len(ids) - 1, ids, scene, fact, true, found)
-        return ids
+        wrong = sum(not true for _, true in facts)
+        return self._say(row, ids + self.answer, [self.ids[str(wrong)]], found) if counted else ids
 
     def _state(self, row: int, at: int, ids: list[int], scene: Scene, fact: Relation, true: bool, found: dict) -> None:
         found["judged"].append((row, at, int(true), PREDICATES.index(fact.predicate)))
@@ -212,7 +218,7 @@ class Tasks:
         return ids + said
 
     def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _bins(x: float, y: float) -> tuple[int, int]:

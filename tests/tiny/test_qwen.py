@@ -57,7 +57,7 @@ def test_truths_are_the_worlds(scenes):
 
 def test_statements_are_what_they_say(scenes):
     rng = np.random.default_rng(0)
-    found = [(scene, *s) for scene in scenes for s in lessons.statements(scene, 40, rng)]
+    found = [(scene, *s) for scene in scenes for s in lessons.statements(scene, 150, rng)]
     share = np.mean([true for _, _, true in found])
     assert 0.4 < share < 0.6
     for scene, relation, true in found:
