@@ -127,7 +127,7 @@ satisfies the other's. Scores are for `prompt`.
 | column | meaning |
 |---|---|
 | `id`, `perturbed_id` | ids of the two prompts |
-| `prompt`, `perturbed_prompt` | their texts; only relation words and the order of objects differ, and articles with it |
+| `prompt`, `perturbed_prompt` | their texts; only relation words and the order of objects (and articles) differ |
 | `chosen`, `rejected` | the images |
 | `relations`, `perturbed_relations` | JSON lists of `predicate`, `subject`, `objects`, in the order of the clauses |
 | `edits` | JSON list: `kind`, `index`, `before`, `after`; `dependent` where an edit only follows from another |

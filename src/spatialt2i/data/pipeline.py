@@ -57,7 +57,8 @@ def build_dataset(*, config: DataConfig, seed: int, folder: Path, parts: Parts,
     """
     shards = _shards(config, seed, folder, parts)
     manifests = _manifests(shards, config)
-    splits, dropped = plan([manifests[s.number] for s in shards], config=config, exclude=frozenset(map(text_key, exclude)))
+    splits, dropped = plan([manifests[s.number] for s in shards], config=config,
+                           exclude=frozenset(map(text_key, exclude)))
     sums = assemble([s.path(FILES[3]) for s in shards], splits, folder=folder / "data", rows=config.shard)
     judged = sum((Counter(manifest["counts"]) for manifest in manifests.values()), Counter())
     sizes = Counter(name for part in splits for name in part if name)
@@ -75,7 +76,8 @@ def _shards(config: DataConfig, seed: int, folder: Path, parts: Parts) -> list[S
     # neither the number of processes nor how many pairs and splits are wanted changes what is in a full shard
     fixed = dataclasses.replace(config, workers=0, pairs=1, validation=0, test=0)
     ranges = [(start, min(start + config.shard, config.pairs)) for start in range(0, config.pairs, config.shard)]
-    return [Shard(i, start, stop, config, seed, f"{seed_of(section_hash(fixed), seed, start, stop):016x}", folder, parts)
+    settings = section_hash(fixed)
+    return [Shard(i, start, stop, config, seed, f"{seed_of(settings, seed, start, stop):016x}", folder, parts)
             for i, (start, stop) in enumerate(ranges)]
 
 

@@ -65,7 +65,8 @@ def outcome(verdicts: tuple[Verdict, Verdict], crossed: tuple[bool | None, bool 
     if None in (*overall, *crossed):
         return "not judged"
     if overall != (True, True):
-        return {(False, True): "chosen image wrong", (True, False): "rejected image wrong"}.get(overall, "both images wrong")
+        wrong = {(False, True): "chosen image wrong", (True, False): "rejected image wrong"}
+        return wrong.get(overall, "both images wrong")
     return "fits the other prompt" if any(crossed) else KEPT
 
 

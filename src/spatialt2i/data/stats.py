@@ -1,4 +1,4 @@
-"""The figures of a set of pairs that the paper shows: scenes, words, prompt lengths, relations, edits, and the funnel."""
+"""The figures of a set of pairs that the paper shows: scenes, words, prompt lengths, relations, edits."""
 
 from __future__ import annotations
 

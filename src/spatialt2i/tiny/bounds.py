@@ -1,9 +1,9 @@
 """Proves without searching that relations contradict each other, which is what most random edits of a prompt do.
 
 A relation bounds the difference of two centres along x, along y and along both diagonals (the sides are cones of 45
-degrees, so along the diagonals they are exact). The bounds are closed under addition (shortest paths, a "simple temporal
-network": Dechter, Meiri, Pearl, Artificial Intelligence 49:61, 1991); a cycle that asks a coordinate to be smaller than
-itself is a contradiction.
+degrees, so along the diagonals they are exact). The bounds are closed under addition: shortest paths, as in the "simple
+temporal networks" of Dechter, Meiri and Pearl (Artificial Intelligence 49:61, 1991). A cycle that asks a coordinate to
+be smaller than itself is a contradiction.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def bounds(objects: Sequence[str], relations: Sequence[Relation]) -> np.ndarray 
     upper[:2, 0, 1:] = -(low[1:] + 1)
     upper[:, range(len(low)), range(len(low))] = 0
     reach = _reach(relations, index, low)
-    gap = np.maximum(np.maximum(low[:, None] + low - 1, reach), MARGIN)  # between objects of which one is on a side of the other
+    # between the centres of objects of which one is on a side of the other
+    gap = np.maximum(np.maximum(low[:, None] + low - 1, reach), MARGIN)
     undecided: list[list[tuple[_Link, _Link]]] = []
     for relation in relations:
         at = [index[name] for name in relation.names]
@@ -108,7 +109,8 @@ def _may_order(upper: np.ndarray, link: _Link, gap: np.ndarray) -> bool:
     return all(upper[axis, j, i] >= least for axis, i, j, least in _differences(link, gap))
 
 
-def _bounds(predicate: str, at: Sequence[int], low: np.ndarray, high: np.ndarray) -> Iterator[tuple[int, int, int, float]]:
+def _bounds(predicate: str, at: Sequence[int], low: np.ndarray,
+            high: np.ndarray) -> Iterator[tuple[int, int, int, float]]:
     """(axis, i, j, b) for each bound "centre i - centre j <= b" that a relation sets whatever else holds."""
     a, b = at[0], at[1] if len(at) > 1 else 0
     near: tuple[float, float] | None = None  # greatest distance along x and along y

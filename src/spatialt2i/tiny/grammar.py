@@ -151,7 +151,7 @@ def _links(i: int, names: Sequence[str], anchored: bool, nested: bool, relations
 
 
 def _facts(names: Sequence[str], boxes: dict[str, Box], rng: np.random.Generator) -> list[Relation]:
-    """What could be said of a layout beside what overlaps, in random order; containers are too large for most places."""
+    """What could be said of a layout beside what overlaps, in random order; containers are too large for edges."""
     found = [Relation(p, a) for a in names for p in ABSOLUTE if boxes[a].r < 15 or p == ABSOLUTE[0]]
     pairwise = [p for p in PREDICATES if ARITY[p] == 2 and p not in OVERLAPS]
     found += [Relation(p, a, (b,)) for a in names for b in names if a != b for p in pairwise]
@@ -182,7 +182,8 @@ def alternatives(index: int, relation: Relation) -> list[Edit]:
     if p in _OPPOSITE:
         found.append(Edit("flip", index, relation, Relation(_OPPOSITE[p], a, others)))
     if p in ("in front of", "behind"):
-        found.append(Edit("depth", index, relation, Relation("behind" if p == "in front of" else "in front of", a, others)))
+        other = "behind" if p == "in front of" else "in front of"
+        found.append(Edit("depth", index, relation, Relation(other, a, others)))
     found += [Edit("move", index, relation, Relation(q, a, others)) for q in _MOVES.get(p, ())]
     if p in (*SIDES, "in front of", "behind", "on top of"):
         found.append(Edit("swap", index, relation, Relation(p, others[0], (a,))))

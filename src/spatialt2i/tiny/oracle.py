@@ -187,7 +187,7 @@ class TinyOracle:
 
     def verify(self, *, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Verdict]:
         """One verdict per picture. Objects that the world does not know are not judged."""
-        seen: dict[int, tuple[np.ndarray, dict[str, Found], int]] = {}  # a picture with several prompts is looked at once
+        seen: dict[int, tuple[np.ndarray, dict[str, Found], int]] = {}  # a picture is looked at once, for all prompts
         for image in images:
             if id(image) not in seen:
                 seen[id(image)] = _look(image)
@@ -196,7 +196,7 @@ class TinyOracle:
     def _judge_all(self, prompt: Prompt, labels: np.ndarray, found: dict[str, Found], unknown: int) -> Verdict:
         names = prompt.objects
         colours = [name.split()[0] for name in names]
-        known = {name: name in OBJECTS and colours.count(colour) == 1 for name, colour in zip(names, colours, strict=True)}
+        known = {n: n in OBJECTS and colours.count(c) == 1 for n, c in zip(names, colours, strict=True)}
         reasons = {name: _why_absent(name, found) for name in names if known[name]}
         present = tuple(not reasons[n] if known[n] else None for n in names)
         relations, why = [], []

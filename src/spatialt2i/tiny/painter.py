@@ -36,7 +36,7 @@ def paint(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def scatter(prompt: Prompt, rng: np.random.Generator) -> Scene:
-    """The prompt's objects at random places, for prompts whose relations found no layout: verification rejects these."""
+    """The prompt's objects at random places, for relations that found no layout: verification rejects these."""
     scene = solve(prompt.objects, (), prompt.scene, rng)
     if scene is None:
         z = {name: Box(*rng.uniform(8, SIZE - 8, 2), 7.0) for name in prompt.objects}
@@ -46,10 +46,10 @@ def scatter(prompt: Prompt, rng: np.random.Generator) -> Scene:
 
 def wrong(prompt: Prompt, rng: np.random.Generator) -> Scene | None:
     """A clear scene in which one relation of the prompt is replaced by another; None where none was found."""
-    i = int(rng.integers(len(prompt.relations)))
-    edits = alternatives(i, prompt.relations[i])
-    relations = applied(prompt.relations, [edits[int(rng.integers(len(edits)))]])
-    return solve(prompt.objects, relations, prompt.scene, rng)
+    edits = [e for i, relation in enumerate(prompt.relations) for e in alternatives(i, relation)]
+    scenes = (solve(prompt.objects, applied(prompt.relations, [edits[i]]), prompt.scene, rng, tries=8)
+              for i in rng.permutation(len(edits)).tolist())
+    return next((scene for scene in scenes if scene is not None), None)
 
 
 class TinyPainter:
