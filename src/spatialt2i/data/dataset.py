@@ -57,6 +57,8 @@ def assemble(shards: Sequence[Path], splits: Sequence[Sequence[str | None]], *, 
              rows: int) -> dict[str, str]:
     """Write the splits as parquet files ``{split}-{i}-of-{n}.parquet``; equal shards give equal bytes.
 
+    An empty split has no file, because `datasets` does not read one without rows.
+
     Args:
         shards: parquet files, read one at a time.
         splits: what `plan` returned.
@@ -67,7 +69,7 @@ def assemble(shards: Sequence[Path], splits: Sequence[Sequence[str | None]], *, 
         The sha256 of each file, by name.
     """
     totals = Counter(name for part in splits for name in part)
-    files = {name: max(-(-totals[name] // rows), 1) for name in SPLITS}
+    files = {name: -(-totals[name] // rows) for name in SPLITS}
     names = {name: [f"{name}-{i:05d}-of-{n:05d}.parquet" for i in range(n)] for name, n in files.items()}
     for path in folder.glob("*.parquet"):
         if path.name not in {n for group in names.values() for n in group}:
@@ -89,7 +91,7 @@ def assemble(shards: Sequence[Path], splits: Sequence[Sequence[str | None]], *, 
                 write(name, waiting[name].slice(0, rows))
                 waiting[name] = waiting[name].slice(rows)
     for name in SPLITS:
-        if waiting[name].num_rows or not totals[name]:
+        if waiting[name].num_rows:
             write(name, waiting[name])
     return dict(sorted(sums.items()))
 
@@ -104,7 +106,7 @@ def rows_of(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def write_card(folder: Path, *, counts: dict[str, int], statistics: dict[str, Any]) -> None:
     """Write ``README.md``, the dataset card; its header tells `datasets` where the splits are."""
-    files = "\n".join(f"  - split: {name}\n    path: data/{name}-*.parquet" for name in SPLITS)
+    files = "\n".join(f"  - split: {name}\n    path: data/{name}-*.parquet" for name in SPLITS if counts[name])
     rows = "\n".join(f"| {name} | {counts[name]} |" for name in SPLITS)
     funnel = "\n".join(f"| {name} | {n} |" for name, n in statistics["funnel"].items())
     write_atomic(folder / "README.md", f"""---

@@ -1,0 +1,273 @@
+"""The dataset: its rows, its splits, and that nothing depends on how the work was cut, killed or resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from data_parts import CONFIG, SEED, parquet_sums, parts
+from PIL import Image
+
+from spatialt2i.core.config import DataConfig
+from spatialt2i.core.run import DiskFull
+from spatialt2i.core.store import read_jsonl, read_preferences
+from spatialt2i.core.types import Preference, Prompt, Relation, Verdict
+from spatialt2i.data import pipeline
+from spatialt2i.data.dataset import SPLITS
+from spatialt2i.data.pipeline import build_dataset
+from spatialt2i.data.stages import outcome, perturb_prompts, write_prompts
+from spatialt2i.data.stats import describe
+
+SRC = Path(__file__).resolve().parents[2] / "src"
+
+
+def build(folder: Path, config: DataConfig = CONFIG, **options: Any) -> dict[str, Any]:
+    return build_dataset(config=config, seed=SEED, folder=folder, parts=options.pop("parts", parts), **options)
+
+
+def rows(folder: Path, split: str) -> list[Preference]:
+    return list(read_preferences(sorted((folder / "data").glob(f"{split}-*.parquet"))))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("dataset")
+    return folder, build(folder)
+
+
+@pytest.fixture(scope="module")
+def pairs(built) -> dict[str, list[Preference]]:
+    return {name: rows(built[0], name) for name in SPLITS}
+
+
+# ---- what comes out
+
+def test_the_counts_add_up(built, pairs: dict[str, list[Preference]]) -> None:
+    counts = built[1]["counts"]
+    assert counts["written"] == CONFIG.pairs and counts["kept"] == sum(len(p) for p in pairs.values())
+    assert {name: counts[name] for name in SPLITS} == {name: len(found) for name, found in pairs.items()}
+    others = [n for name, n in counts.items() if name not in (*SPLITS, "written", "perturbed", "kept")]
+    assert counts["kept"] + sum(others) == CONFIG.pairs
+    assert 0.5 < counts["kept"] / CONFIG.pairs < 1 and all(pairs.values())
+
+
+def test_kept_pairs_satisfy_their_own_prompts_and_not_each_others(pairs: dict[str, list[Preference]]) -> None:
+    oracle = parts()[2]
+    for pair in (p for found in pairs.values() for p in found):
+        images = [Image.open(io.BytesIO(data)) for data in (pair.chosen, pair.rejected)]
+        prompts = [pair.pair.perfect, pair.pair.perturbed]
+        assert [v.overall for v in oracle.verify(images=images, prompts=prompts)] == [True, True]
+        crossed = oracle.verify(images=images, prompts=prompts[::-1])
+        edited = {e.index for e in pair.pair.edits}
+        for verdict in crossed:
+            assert {i for i, holds in enumerate(verdict.relations) if not holds} == edited
+        assert [v.overall for v in pair.verdicts] == [True, True] and pair.generator == "tiny-painter"
+
+
+def test_no_two_splits_share_a_text_a_scene_or_relations(pairs: dict[str, list[Preference]]) -> None:
+    def keys(found: list[Preference]) -> set:
+        sides = [prompt for p in found for prompt in (p.pair.perfect, p.pair.perturbed)]
+        return ({p.text for p in sides} | {(p.scene, frozenset(p.objects)) for p in sides}
+                | {(p.scene, frozenset(p.relations)) for p in sides})
+
+    train, validation, test = (keys(pairs[name]) for name in SPLITS)
+    assert not train & validation and not train & test and not validation & test
+
+
+def test_texts_are_distinct_and_relations_follow_the_config(pairs: dict[str, list[Preference]]) -> None:
+    found = [p for members in pairs.values() for p in members]
+    assert len({p.prompt.text for p in found}) == len(found)
+    assert {len(p.prompt.relations) for p in found} == {2, 3}
+    assert {p.pair.n_perturbations for p in found} == {1, 2, 3}
+
+
+def test_every_step_leaves_its_records(built, pairs: dict[str, list[Preference]]) -> None:
+    folder = built[0]
+    written, perturbed, judged = ([row for path in sorted((folder / name).glob("*.jsonl")) for row in read_jsonl(path)]
+                                  for name in ("prompts", "pairs", "verdicts"))
+    assert len(written) == CONFIG.pairs and len(perturbed) == len(judged) == built[1]["counts"]["perturbed"]
+    kept = {row["id"] for row in judged if row["outcome"] == "kept"}
+    assert {p.prompt.id for found in pairs.values() for p in found} <= kept
+    by_id = {row["id"]: row for row in written}
+    assert all(by_id[p.prompt.id] == p.prompt.to_json() for p in pairs["train"])
+    assert Prompt.from_json(written[0]).relations and {"id", "perturbed", "edits"} == set(perturbed[0])
+
+
+def test_load_dataset_reads_three_splits(built, tmp_path: Path, monkeypatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    loaded = datasets.load_dataset(str(built[0]), cache_dir=str(tmp_path))
+    assert {name: len(loaded[name]) for name in loaded} == {name: built[1]["counts"][name] for name in SPLITS}
+    row = loaded["test"][0]
+    assert row["chosen"].size == row["rejected"].size == (64, 64)
+    assert {"predicate", "subject", "objects"} == set(json.loads(row["relations"])[0])
+
+
+def test_a_split_without_pairs_is_left_out(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    build(tmp_path, dataclasses.replace(CONFIG, pairs=6, validation=0, test=0))
+    assert set(datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))) == {"train"}
+
+
+def test_statistics_of_any_set(built) -> None:
+    figures = built[1]["statistics"]
+    assert figures["pairs"] == sum(figures["scenes"].values()) == sum(figures["perturbations"].values())
+    assert set(figures["relations_per_prompt"]["histogram"]) == {"2", "3"}
+    assert figures["funnel"]["written"] == CONFIG.pairs and set(figures["edits"]) <= {"flip", "swap", "move", "depth"}
+    assert json.loads((built[0] / "statistics.json").read_text()) == figures
+    assert describe([])["pairs"] == 0 and describe([])["words_per_prompt"]["mean"] is None
+
+
+def test_excluded_texts_do_not_appear(built, pairs: dict[str, list[Preference]], tmp_path: Path) -> None:
+    unwanted = frozenset((pairs["train"][0].prompt.text, pairs["train"][3].pair.perturbed.text))
+    counts = build(tmp_path, exclude=unwanted)["counts"]
+    texts = {text for name in SPLITS for p in rows(tmp_path, name) for text in (p.prompt.text, p.pair.perturbed.text)}
+    assert not unwanted & texts and counts["in an evaluation set"] == 2 == built[1]["counts"]["kept"] - counts["kept"]
+
+
+# ---- what it must not depend on
+
+def test_equal_bytes_whatever_was_killed_and_resumed(built, tmp_path: Path) -> None:
+    rng = np.random.default_rng()
+    environment = dict(os.environ, PYTHONPATH=f"{SRC}{os.pathsep}{Path(__file__).parent}", OMP_NUM_THREADS="1")
+    deaths = []
+    for kill, workers, shards in ((signal.SIGKILL, 1, 1), (signal.SIGKILL, 2, 2), (signal.SIGINT, 2, 4), (None, 1, 6)):
+        script = Path(__file__).parent / "data_parts.py"
+        process = subprocess.Popen([sys.executable, str(script), str(tmp_path), str(workers)], env=environment,
+                                   stderr=subprocess.PIPE, text=True)
+        if kill is None:
+            assert process.wait(timeout=120) == 0
+            break
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("shards/*.json"))) < shards and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(float(rng.random()) * 0.1)
+        workers_alive = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.send_signal(kill)
+        deaths.append((process.wait(timeout=60), kill, "KeyboardInterrupt" in process.stderr.read()))
+        assert not psutil.wait_procs(workers_alive, timeout=30)[1], "workers outlive their parent"
+    assert all(code == -kill or code != 0 and shown for code, kill, shown in deaths), deaths
+    assert parquet_sums(tmp_path) == parquet_sums(built[0])
+    assert (tmp_path / "README.md").read_bytes() == (built[0] / "README.md").read_bytes()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_finished_dataset_is_not_computed_again(built, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "make_shard", None)
+    assert build(built[0]) == built[1]
+
+
+@pytest.mark.parametrize("name", ["shards/00002.parquet", "verdicts/00001.jsonl", "shards/00003.json"])
+def test_a_damaged_shard_is_noticed_and_made_again(name: str, built, caplog, monkeypatch) -> None:
+    folder, before = built[0], parquet_sums(built[0])
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (folder / name).write_bytes(data)
+    made, original = [], pipeline.make_shard
+    monkeypatch.setattr(pipeline, "make_shard", lambda shard: made.append(shard.number) or original(shard))
+    build(folder)
+    assert made == [int(name[-9:].split(".")[0].split("/")[-1])] and "damaged" in caplog.text
+    assert parquet_sums(folder) == before
+
+
+def test_a_missing_file_is_made_again(built) -> None:
+    before = parquet_sums(built[0])
+    (built[0] / "pairs" / "00000.jsonl").unlink()
+    (built[0] / "data" / "train-00000-of-00005.parquet").unlink(missing_ok=True)
+    build(built[0])
+    assert parquet_sums(built[0]) == before and (built[0] / "pairs" / "00000.jsonl").exists()
+
+
+def test_other_settings_make_other_pairs_and_leave_no_old_file(built, tmp_path: Path) -> None:
+    small = dataclasses.replace(CONFIG, pairs=30, validation=0)
+    first = build(tmp_path, small)
+    more = build(tmp_path, dataclasses.replace(small, relations=(0, 0, 1)))
+    assert first["sha256"] != more["sha256"] and set(parquet_sums(tmp_path)) == set(more["sha256"])
+    assert {len(p.prompt.relations) for p in rows(tmp_path, "train")} == {3}
+
+
+def test_more_pairs_use_the_shards_that_are_there(tmp_path: Path, monkeypatch) -> None:
+    build(tmp_path, dataclasses.replace(CONFIG, pairs=30))
+    made, original = [], pipeline.make_shard
+    monkeypatch.setattr(pipeline, "make_shard", lambda shard: made.append(shard.number) or original(shard))
+    build(tmp_path, dataclasses.replace(CONFIG, pairs=45))
+    assert made == [2]
+
+
+# ---- trouble
+
+def test_a_full_disk_is_named_and_finished_work_kept(built, tmp_path: Path, monkeypatch) -> None:
+    calls, sync = Counter(), os.fsync
+
+    def full(fd: int) -> None:
+        calls["n"] += 1
+        if calls["n"] > 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull, match="the disk is full; free some space and run the same command again"):
+        build(tmp_path)
+    assert len(list(tmp_path.glob("shards/*.json"))) == 2 and not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.setattr(os, "fsync", sync)
+    build(tmp_path)
+    assert parquet_sums(tmp_path) == parquet_sums(built[0])
+
+
+class SilentJudge:
+    """A verifier that judges nothing."""
+
+    name = "silent"
+
+    def verify(self, *, images: list, prompts: list) -> list[Verdict]:
+        """Nothing judged."""
+        return [Verdict(None, (None,) * len(p.relations), (None,) * len(p.objects), None, self.name) for p in prompts]
+
+
+def test_what_is_not_judged_is_not_kept(tmp_path: Path) -> None:
+    def silent() -> tuple:
+        return *parts()[:2], SilentJudge()
+
+    counts = build(tmp_path, dataclasses.replace(CONFIG, pairs=8), parts=silent)["counts"]
+    assert counts["kept"] == 0 and counts["not judged"] == counts["perturbed"]
+
+
+@pytest.mark.parametrize(("overall", "crossed", "expected"), [
+    ((True, True), (False, False), "kept"), ((False, True), (False, False), "chosen image wrong"),
+    ((True, False), (False, False), "rejected image wrong"), ((False, False), (False, False), "both images wrong"),
+    ((True, True), (True, False), "fits the other prompt"), ((True, True), (False, True), "fits the other prompt"),
+    ((None, True), (False, False), "not judged"), ((True, True), (False, None), "not judged"),
+])
+def test_outcomes(overall: tuple, crossed: tuple, expected: str) -> None:
+    verdicts = tuple(Verdict(o, (), (), None, "j") for o in overall)
+    assert outcome(verdicts, crossed) == expected
+
+
+def test_the_shares_of_relations_and_edits_follow_the_config() -> None:
+    class Writer:
+        def write(self, *, id: str, n_relations: int, seed: int) -> Prompt:
+            return Prompt(id, "", "", (Relation("above", "a", ("b",)),) * n_relations)
+
+        def perturb(self, *, prompt: Prompt, n_edits: int, seed: int) -> int:
+            return n_edits
+
+    config = DataConfig(relations=(0, 3, 0, 1), one_perturbation=0.4)
+    prompts = write_prompts(Writer(), indices=range(2000), config=config, seed=0)
+    sizes = Counter(len(p.relations) for p in prompts)
+    assert set(sizes) == {2, 4} and 0.70 < sizes[2] / 2000 < 0.80 and len({p.id for p in prompts}) == 2000
+    edits = Counter(zip((len(p.relations) for p in prompts), perturb_prompts(Writer(), prompts, config=config, seed=0),
+                        strict=True))
+    assert 0.35 < (edits[4, 1] / sizes[4]) < 0.45 and edits[4, 2] > 100 and edits[4, 3] > 100
+    assert edits[2, 3] == 0 and edits[2, 2] > 0.5 * sizes[2]
