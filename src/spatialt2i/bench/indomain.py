@@ -28,8 +28,9 @@ from spatialt2i.core.types import Prompt, Verdict
 CHUNK = 50  # pictures drawn between two writes; what an interruption may lose
 
 
-def compare(*, generators: Mapping[str, Callable[[], Generator]], identities: Mapping[str, str], verifier: Verifier, scorer: Scorer,
-            prompts: Mapping[str, Sequence[Prompt]], config: BenchConfig, seed: int, folder: Path) -> dict[str, Any]:
+def compare(*, generators: Mapping[str, Callable[[], Generator]], identities: Mapping[str, str], verifier: Verifier,
+            scorer: Scorer, prompts: Mapping[str, Sequence[Prompt]], config: BenchConfig, seed: int,
+            folder: Path) -> dict[str, Any]:
     """Draw, judge and compare. Pictures that are there already, drawn by the same generator, are used again.
 
     Args:
@@ -121,7 +122,8 @@ def judge(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], *, config: Ben
         rows["all"].append(np.nan if None in parts else float(all(parts)))
         for relation, holds in zip(prompt.relations, verdict.relations, strict=True):
             predicates[relation.predicate].append(_mean([holds]))
-    grouped = {name: [_mean(values[i:i + every]) for i in range(0, len(values), every)] for name, values in rows.items()}
+    grouped = {name: [_mean(values[i:i + every]) for i in range(0, len(values), every)]
+               for name, values in rows.items()}
 
     def figure(name: str, values: Sequence[float]) -> Figure:
         return mean_interval(values, resamples=config.bootstrap, seed=seed_of(seed, "bootstrap", name))
