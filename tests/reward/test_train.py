@@ -136,7 +136,7 @@ def test_killed_and_started_again_equals_uninterrupted(make_model, backbone, pai
 def test_an_update_that_is_not_finite_stops_and_saves(make_model, pairs, tmp_path):
     model = make_model()
     model.head.last.weight.data.fill_(float("nan"))
-    with pytest.raises(TrainingDiverged, match="update 0: the loss is nan"):
+    with pytest.raises(TrainingDiverged, match="update 0: the loss is nan and the gradient norm nan"):
         fit(tmp_path / "run", model, pairs)
     assert (tmp_path / "run" / "reward" / "checkpoints" / "step-00000000" / "trained.safetensors").exists()
 
@@ -186,3 +186,10 @@ def test_dropout_is_named_by_the_step(make_model):
     a, b = (dropout_mask(step, config=config, seed=0) for step in (0, 1))
     assert torch.equal(a, dropout_mask(0, config=config, seed=0)) and not torch.equal(a, b)
     assert 0.5 < a.float().mean() < 0.9
+
+
+def test_it_learns_what_it_is_shown(make_model, pairs, tmp_path):
+    fit(tmp_path / "run", make_model(steps=40, eval_every=40, save_every=40, swap=0.5, head_dropout=0.0), pairs)
+    rows = run_at(tmp_path / "run").metrics("reward")
+    first, last = (np.mean([row["loss"] for row in part]) for part in (rows[:4], rows[-4:]))
+    assert last < 0.9 * first

@@ -25,10 +25,10 @@ class CheckpointMismatch(RuntimeError):
     """The checkpoint on disk belongs to another config, seed or data set."""
 
 
-def identity(config: RewardConfig, seed: int, pair_ids: Sequence[str]) -> dict[str, Any]:
+def identity(config: RewardConfig, seed: int, pair_ids: Sequence[str], fingerprint: str) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued."""
     data = hashlib.sha256(json.dumps(list(pair_ids)).encode()).hexdigest()[:16]
-    return {"seed": seed, "data": data, **dataclasses.asdict(config)}
+    return {"seed": seed, "data": data, "backbone weights": fingerprint, **dataclasses.asdict(config)}
 
 
 def save(folder: Path, step: int, *, model: SpatialScoreModel, optimizer: torch.optim.Optimizer,
@@ -81,7 +81,8 @@ def resume(folder: Path, *, model: SpatialScoreModel, optimizer: torch.optim.Opt
         name, _, moment = key.rpartition("|")
         place = value.device if moment == "step" else parameters[name].device
         optimizer.state[parameters[name]][moment] = value.to(place)
-    return state["step"], state["best"]
+    # a kill while the best model was being replaced leaves none; then the next evaluated one is the best
+    return state["step"], state["best"] if (folder / "best").is_dir() else {}
 
 
 def _all(folder: Path) -> list[Path]:

@@ -42,7 +42,7 @@ def pairwise_accuracy(*, scorer: Scorer, pairs: Iterable[Preference]) -> dict[st
             if math.isnan(margin):
                 continue
             win = 0.5 if margin == 0 else float(margin > 0)
-            ties += margin == 0
+            ties += int(margin == 0)
             edits = [e for e in pair.pair.edits if not e.dependent]
             wins["", "overall"].append(win)
             wins["", "one" if pair.pair.n_perturbations == 1 else "two_three"].append(win)

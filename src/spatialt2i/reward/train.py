@@ -27,7 +27,7 @@ STATS_PAIRS = 512  # training pairs whose 1024 scores give the stored mean and s
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss became NaN or infinite; the state before that update is saved."""
+    """The loss or its gradient became NaN or infinite; the state before that update is saved."""
 
 
 def train(*, model: SpatialScoreModel, train_pairs: Sequence[Preference], validation_pairs: Sequence[Preference],
@@ -51,7 +51,7 @@ def train(*, model: SpatialScoreModel, train_pairs: Sequence[Preference], valida
     Raises:
         ValueError: there are no pairs, or a prompt or an image is unusable.
         CheckpointMismatch: the run holds a checkpoint of another config, seed or data.
-        TrainingDiverged: the loss became NaN or infinite.
+        TrainingDiverged: the loss or its gradient became NaN or infinite.
     """
     if not train_pairs or not validation_pairs:
         raise ValueError(f"{len(train_pairs)} training and {len(validation_pairs)} validation pairs: both are needed; "
@@ -59,7 +59,7 @@ def train(*, model: SpatialScoreModel, train_pairs: Sequence[Preference], valida
     folder, device = run.stage(STAGE), model.device
     texts = _texts(model, train_pairs)
     optimizer = make_optimizer(model, config)
-    identity = checkpoint.identity(config, seed, [p.prompt.id for p in train_pairs])
+    identity = checkpoint.identity(config, seed, [p.prompt.id for p in train_pairs], model.fingerprint)
     start, best = checkpoint.resume(folder, model=model, optimizer=optimizer, identity=identity)
     run.truncate_metrics(STAGE, start)
     held_out = validation_pairs[:config.eval_pairs]
@@ -78,14 +78,15 @@ def train(*, model: SpatialScoreModel, train_pairs: Sequence[Preference], valida
             (loss * share).backward()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 total[name] = total.get(name, 0.0) + share * value.item()
-        if not math.isfinite(total["loss"]):
+        norm = torch.nn.utils.clip_grad_norm_(model.trainable().values(), config.max_grad_norm).item()
+        if not (math.isfinite(total["loss"]) and math.isfinite(norm)):
             checkpoint.save(folder, step, model=model, optimizer=optimizer, identity=identity, best=best)
-            raise TrainingDiverged(f"update {step}: the loss is {total['loss']}; the weights before this update are in "
-                                   f"{folder}. Lower reward.lr, lr_head or lr_token, and delete the stage")
-        norm = torch.nn.utils.clip_grad_norm_(model.trainable().values(), config.max_grad_norm)
+            raise TrainingDiverged(f"update {step}: the loss is {total['loss']} and the gradient norm {norm}; the "
+                                   f"weights before this update are in {folder}. Lower reward.lr, lr_head or lr_token, "
+                                   "and delete the stage")
         optimizer.step()
         optimizer.zero_grad()
-        row, done = {**total, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}, step + 1
+        row, done = {**total, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}, step + 1
         if done % config.eval_every == 0 or done == config.steps:
             found, best = _evaluate(model, held_out, done, best, folder)
             row |= found
