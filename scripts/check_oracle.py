@@ -9,6 +9,7 @@ false relations of every kind are asked about.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 from collections import Counter
@@ -21,8 +22,9 @@ from PIL import Image
 
 from spatialt2i.core.run import progress, seed_of, write_json
 from spatialt2i.tiny.grammar import MAX_RELATIONS, TinyWriter
+from spatialt2i.tiny.layout import solve
 from spatialt2i.tiny.oracle import TinyOracle
-from spatialt2i.tiny.painter import TinyPainter, paint
+from spatialt2i.tiny.painter import paint
 from spatialt2i.tiny.world import margin
 
 CHUNK = 250
@@ -30,14 +32,20 @@ CHUNK = 250
 
 def check(start: int, *, stop: int, seed: int) -> Counter[tuple[str, bool, bool]]:
     """Counts of (predicate, holds in the scene, the oracle says so) over the renders from ``start``."""
-    writer, painter, oracle = TinyWriter(), TinyPainter(wrong_layout=0), TinyOracle()
+    writer, oracle = TinyWriter(), TinyOracle()
     found: Counter[tuple[str, bool, bool]] = Counter()
     for i in range(start, min(start + CHUNK, stop)):
-        prompt = writer.write(id=f"check-{seed}-{i}", n_relations=1 + i % MAX_RELATIONS, seed=seed_of(seed, "check", i))
-        pair = writer.perturb(prompt=prompt, n_edits=1, seed=seed_of(seed, "check-edit", i))
-        prompts = [prompt] if pair is None else [pair.perfect, pair.perturbed]
-        rng = np.random.default_rng(seed_of(seed, "check-image", i))
-        scene = painter.scene(prompt=prompts[i % len(prompts)], seed=int(rng.integers(2**60)))
+        for attempt in itertools.count():
+            at = (i, attempt)
+            prompt = writer.write(id=f"check-{seed}-{i}-{attempt}", n_relations=1 + i % MAX_RELATIONS,
+                                  seed=seed_of(seed, "check", *at))
+            pair = writer.perturb(prompt=prompt, n_edits=1, seed=seed_of(seed, "check-edit", *at))
+            prompts = [prompt] if pair is None else [pair.perfect, pair.perturbed]
+            rng = np.random.default_rng(seed_of(seed, "check-image", *at))
+            own = prompts[i % len(prompts)]
+            scene = solve(own.objects, own.relations, own.scene, rng)
+            if scene is not None:
+                break
         image = Image.fromarray(paint(scene, rng))
         for asked, verdict in zip(prompts, oracle.verify(images=[image] * len(prompts), prompts=prompts), strict=True):
             for relation, says in zip(asked.relations, verdict.relations, strict=True):
