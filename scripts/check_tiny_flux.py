@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    pipeline = FluxPipeline.from_pretrained(args.folder, torch_dtype=torch.float32)
+    pipeline = FluxPipeline.from_pretrained(args.folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     writer, oracle = TinyWriter(), TinyOracle()
     prompts = [writer.write(id=f"check-{args.seed}-{i}", n_relations=args.relations[i % len(args.relations)],

@@ -69,7 +69,8 @@ def main() -> None:
                                       "--threads", args.threads)) for n in ("2-3", "4-5-6-7")}
         install(flux / "pipeline", "tiny-flux", {
             "commands": [shlex.join(map(str, p)) for p in parts], "seed": 0,
-            "corpus": read_json(corpus / "manifest.json"), "corpus_sha256": data_hash(corpus), "held_out_by_relations": held_out, "versions": versions()})
+            "corpus": read_json(corpus / "manifest.json"), "corpus_sha256": data_hash(corpus),
+            "held_out_by_relations": held_out, "versions": versions()})
     if args.only != "tiny-flux":
         run("train_tiny_qwen.py", "--out", SHIPPED / "tiny-qwen2.5-vl", "--work", qwen, "--threads", args.threads)
 

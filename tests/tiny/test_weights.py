@@ -1,0 +1,50 @@
+"""The shipped models load and run with the stock classes, and say where they come from."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+from spatialt2i.build import SHIPPED, WEIGHTS
+from spatialt2i.tiny.grammar import TinyWriter
+
+pytestmark = pytest.mark.skipif(not all((WEIGHTS / name / "manifest.json").exists() for name in SHIPPED),
+                                reason="the tiny weights are not installed: make tiny-weights")
+
+
+def test_flux_draws_with_the_stock_pipeline():
+    pipeline = FluxPipeline.from_pretrained(WEIGHTS / "tiny-flux", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    prompt = TinyWriter().write(id="stock", n_relations=2, seed=5)
+    pictures = [np.asarray(pipeline(prompt.text, height=64, width=64, num_inference_steps=4, max_sequence_length=40,
+                                    generator=torch.Generator().manual_seed(0)).images[0]) for _ in range(2)]
+    assert pictures[0].shape == (64, 64, 3) and np.ptp(pictures[0]) > 30
+    assert (pictures[0] == pictures[1]).all()
+
+
+def test_every_word_of_a_prompt_is_in_the_vocabulary():
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "tiny-qwen2.5-vl")
+    writer = TinyWriter()
+    for i in range(60):
+        text = writer.write(id=f"words-{i}", n_relations=1 + i % 12, seed=i).text
+        assert tokenizer.unk_token_id not in tokenizer(text).input_ids, text
+
+
+def test_qwen_loads_with_the_stock_class():
+    folder = WEIGHTS / "tiny-qwen2.5-vl"
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert Qwen2VLImageProcessorPil.from_pretrained(folder).patch_size == model.config.vision_config.patch_size
+
+
+def test_all_weights_together_are_small_and_have_a_manifest():
+    size = sum(path.stat().st_size for name in SHIPPED for path in (WEIGHTS / name).rglob("*") if path.is_file())
+    assert size <= 30 * 2**20
+    for name in SHIPPED:
+        manifest = json.loads((WEIGHTS / name / "manifest.json").read_text())
+        assert "seed" in manifest and "versions" in manifest and ("command" in manifest or "commands" in manifest)
