@@ -35,7 +35,7 @@ def reason(verdict: Verdict) -> str:
 def test_it_agrees_with_the_coordinates() -> None:
     writer, painter, oracle = TinyWriter(), TinyPainter(wrong_layout=0.3), TinyOracle()
     right, total = defaultdict(int), defaultdict(int)
-    for i in range(260):
+    for i in range(160):
         prompt = writer.write(id=f"o{i}", n_relations=1 + i % 8, seed=i)
         scene = painter.scene(prompt=prompt, seed=i)
         image = Image.fromarray(paint(scene, np.random.default_rng(i)))

@@ -10,8 +10,8 @@ from spatialt2i.tiny.grammar import TinyWriter
 from spatialt2i.tiny.painter import TinyPainter, paint
 from spatialt2i.tiny.world import margin
 
-PROMPTS = [TinyWriter().write(id=f"p{i}", n_relations=2 + i % 3, seed=i) for i in range(200)]
-SEEDS = list(range(200))
+PROMPTS = [TinyWriter().write(id=f"p{i}", n_relations=2 + i % 3, seed=i) for i in range(120)]
+SEEDS = list(range(120))
 
 
 def pixels(painter: TinyPainter, prompts: list, seeds: list[int]) -> list[np.ndarray]:

@@ -56,6 +56,8 @@ def bounds(objects: Sequence[str], relations: Sequence[Relation]) -> np.ndarray 
             upper[axis, i, j] = min(upper[axis, i, j], bound)
     for _ in range(_ROUNDS):
         _close(upper)
+        if _contradictory(upper):
+            return None
         for ways in undecided:
             ways[:] = [way for way in ways if all(_may_order(upper, link, gap) for link in way)]
             if not ways:
@@ -65,7 +67,7 @@ def bounds(objects: Sequence[str], relations: Sequence[Relation]) -> np.ndarray 
         if not _keep_apart(upper, reach):
             return None
     _close(upper)
-    return upper if (np.diagonal(upper, axis1=1, axis2=2) >= 0).all() else None
+    return None if _contradictory(upper) else upper
 
 
 def fixed(upper: np.ndarray, i: int, cx: float, cy: float) -> np.ndarray:
@@ -89,6 +91,10 @@ def _close(upper: np.ndarray) -> None:
     np.minimum(y, (u + v.T) / 2, out=y)
     for k in range(upper.shape[1]):
         np.minimum(upper, upper[:, :, k, None] + upper[:, k, None, :], out=upper)
+
+
+def _contradictory(upper: np.ndarray) -> bool:
+    return bool((np.diagonal(upper, axis1=1, axis2=2) < 0).any())
 
 
 def _differences(link: _Link, gap: np.ndarray) -> Iterator[tuple[int, int, int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,6 @@ from spatialt2i.tiny.world import (
     GAP, MARGIN, MARGINS, OVERLAPS, SIZE, TOUCHING, Box, Scene, apart, covered_share, depths, radius_range,
 )
 
-_AXIS = np.arange(SIZE, dtype=np.float64)
 _ANYWHERE = (np.array([0, 0, 0, -SIZE]), np.array([SIZE, SIZE, 2 * SIZE, SIZE]))
 _COVERED = (0.1, 0.4)  # share of a covered object that must be hidden, to be seen as such and still be named
 
@@ -40,8 +40,8 @@ def places(name: str, r: float, z: int, placed: dict[str, Box], relations: Seque
         A box whose ``cx`` and ``cy`` are arrays of the legal centres in pixels, possibly empty.
     """
     shift = rng.random(2)
-    low, high = np.maximum(within[0][:2], r + 1), np.minimum(within[1][:2], SIZE - 1 - r)
-    xs, ys = ((_AXIS + shift[i])[(_AXIS + shift[i] >= low[i]) & (_AXIS + shift[i] <= high[i])] for i in (0, 1))
+    xs, ys = (np.arange(math.ceil(max(low, r + 1) - by), math.floor(min(high, SIZE - 1 - r) - by) + 1) + by
+              for low, high, by in zip(within[0][:2].tolist(), within[1][:2].tolist(), shift.tolist(), strict=True))
     x, y = np.tile(xs, len(ys)), np.repeat(ys, len(xs))
     if within is not _ANYWHERE:
         u, v = x + y, x - y
@@ -87,6 +87,8 @@ def solve(objects: Sequence[str], relations: Sequence[Relation], place: str, rng
     if room is None:
         return None
     z, shared = depths(relations), overlapping(relations)
+    covering = [r.names if r.predicate == "in front of" else r.names[::-1] for r in relations
+                if r.predicate in ("in front of", "behind")]  # (front, back)
     ranges = {name: radius_range(name, relations, len(objects)) for name in objects}
     for _ in range(tries):
         placed: dict[str, Box] = {}
@@ -97,7 +99,7 @@ def solve(objects: Sequence[str], relations: Sequence[Relation], place: str, rng
             if box is None:
                 break
             placed[name] = box
-            if not _visible(name, relations, placed):
+            if not _visible(name, covering, placed):
                 break
             left = fixed(left, i, box.cx, box.cy)
         else:
@@ -105,8 +107,7 @@ def solve(objects: Sequence[str], relations: Sequence[Relation], place: str, rng
     return None
 
 
-def _visible(name: str, relations: Sequence[Relation], placed: dict[str, Box]) -> bool:
+def _visible(name: str, covering: Sequence[tuple[str, ...]], placed: dict[str, Box]) -> bool:
     """Whether what the object covers, or what covers it, is hidden enough and not too much."""
-    pairs = [r.names if r.predicate == "in front of" else r.names[::-1] for r in relations
-             if r.predicate in ("in front of", "behind") and name in r.names and all(n in placed for n in r.names)]
-    return all(_COVERED[0] <= covered_share(front, back, placed) <= _COVERED[1] for front, back in pairs)
+    return all(_COVERED[0] <= covered_share(front, back, placed) <= _COVERED[1] for front, back in covering
+               if name in (front, back) and front in placed and back in placed)
