@@ -59,7 +59,8 @@ def segment(pixels: np.ndarray) -> np.ndarray:
     labels = distance.argmin(1) + 1
     labels[distance.min(1) > _COLOUR_RADIUS**2] = _UNKNOWN
     labels = labels.reshape(SIZE, SIZE)
-    low, high = pixels.min(-1), pixels.max(-1)
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    low, high = np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
     labels[(low >= 150) & (high - low <= 75)] = 0
     return labels
 
