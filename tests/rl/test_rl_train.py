@@ -215,7 +215,7 @@ def test_a_run_leaves_metrics_gallery_adapter_and_two_checkpoints(whole, make_po
     assert result["steps"] == 4
     assert result["gate_log_ratio"] < 1e-5
     fresh = make_policy(seed=5)
-    fresh.load(Path(result["adapter"]))
+    fresh.load(path / result["adapter"])
     newest = load_file(rl / "checkpoints" / "step_000004.safetensors")
     for name, parameter in fresh.parameters().items():
         assert torch.equal(parameter, newest[f"ema/{name}"])
@@ -345,7 +345,7 @@ def test_equal_rewards_train_nothing(tmp_path, make_policy, config):
     assert line["dropped_groups"] == 1
     assert line["ratio_mean"] is None
     assert line["grad_norm"] == 0
-    adapter = load_file(Path(result["adapter"]) / "pytorch_lora_weights.safetensors")
+    adapter = load_file(tmp_path / result["adapter"] / "pytorch_lora_weights.safetensors")
     assert all(value.abs().sum() == 0 for key, value in adapter.items() if "lora_B" in key)
 
 

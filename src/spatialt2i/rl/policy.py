@@ -187,10 +187,13 @@ class FluxPolicy:
         """Write the adapter so that ``FluxPipeline.load_lora_weights(folder)`` loads it; replaces what was there."""
         transformer = self.pipeline.transformer
         folder.mkdir(parents=True, exist_ok=True)
+        # sorted, because the order of a set changes from process to process and the file's bytes must not
+        metadata = {key: sorted(value) if isinstance(value, set) else value
+                    for key, value in transformer.peft_config["default"].to_dict().items()}
         with disk_errors(folder), tempfile.TemporaryDirectory(dir=folder) as part:
             FluxPipeline.save_lora_weights(
                 part, transformer_lora_layers=get_peft_model_state_dict(transformer),
-                transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict())
+                transformer_lora_adapter_metadata=metadata)
             os.replace(Path(part, ADAPTER_FILE), folder / ADAPTER_FILE)
 
     def load(self, folder: Path) -> None:

@@ -35,7 +35,7 @@ class TrainingError(RuntimeError):
 
 
 def train(*, policy: Policy, scorer: Scorer, prompts: Callable[[int], list[Prompt]], config: RLConfig, seed: int,
-          run: RunDir, gallery: Sequence[Prompt]) -> dict[str, float | int | str]:
+          run: RunDir, gallery: Sequence[Prompt]) -> dict[str, float | int | str | None]:
     """Train the policy's adapter on the scorer's rewards; goes on from the run's newest checkpoint.
 
     Ctrl-C, an error or the end leave a checkpoint; after kill -9 the steps since the last one are done again. Either
@@ -51,8 +51,8 @@ def train(*, policy: Policy, scorer: Scorer, prompts: Callable[[int], list[Promp
         gallery: prompts of the pictures drawn every ``config.gallery_every`` steps.
 
     Returns:
-        ``steps``; ``adapter``, its folder; and of the steps done in this call ``gate_log_ratio`` and the last
-        ``reward_mean``.
+        ``steps``; ``adapter``, its folder in the run; the last step's ``reward_mean``; and ``gate_log_ratio``, where
+        this call did any steps.
 
     Raises:
         GateError: the first rollout does not replay.
@@ -66,7 +66,7 @@ def train(*, policy: Policy, scorer: Scorer, prompts: Callable[[int], list[Promp
     load_checkpoint(folder / "checkpoints", state, config=config, seed=seed)
     start = saved = state.step
     run.truncate_metrics(STAGE, start)
-    summary: dict[str, float | int | str] = {}
+    gate: dict[str, float] = {}
     bar = progress(config.steps, desc="Spatial-RL", initial=start)
     try:
         for step in range(start, config.steps):
@@ -84,16 +84,15 @@ def train(*, policy: Policy, scorer: Scorer, prompts: Callable[[int], list[Promp
             kept = select_extremes(rewards, k=config.top_k)  # [P, K], K = 2 top_k
             advantages = normalize(rewards, kept, over=config.stats_over, clip=config.advantage_clip)  # [P, K]
             if step == start:
-                summary["gate_log_ratio"] = check_replay(policy=policy, rollout=rollout, config=config)
-                logger.info("gate passed: largest |log ratio| of a replayed rollout %.3e", summary["gate_log_ratio"])
+                gate["gate_log_ratio"] = check_replay(policy=policy, rollout=rollout, config=config)
+                logger.info("gate passed: largest |log ratio| of a replayed rollout %.3e", gate["gate_log_ratio"])
             with timed(seconds, "update"):
                 metrics = accumulate_gradients(policy, rollout.take(kept), advantages, config)
             with interrupts_held():  # weights, average, step counter and metrics belong together
                 with timed(seconds, "update"):
                     metrics |= apply_update(state, config)
-                metrics = describe(rewards, advantages) | metrics | {f"seconds_{k}": v for k, v in seconds.items()}
-                run.log(STAGE, step, metrics)
-            summary["reward_mean"] = metrics["reward_mean"]
+                metrics = describe(rewards, advantages) | metrics
+                run.log(STAGE, step, metrics | {f"seconds_{k}": v for k, v in seconds.items()})
             bar.set_postfix(reward=f"{metrics['reward_mean']:.3f}", refresh=False)
             bar.update()
             if state.step % config.save_every == 0:
@@ -106,7 +105,8 @@ def train(*, policy: Policy, scorer: Scorer, prompts: Callable[[int], list[Promp
     use_average(state)
     draw_gallery(policy, state, gallery, seed=seed, folder=folder / "gallery" / f"step_{state.step:04d}")
     policy.save(folder / "adapter")
-    return summary | {"steps": state.step, "adapter": str(folder / "adapter")}
+    return gate | {"steps": state.step, "adapter": str((folder / "adapter").relative_to(run.path)),
+                   "reward_mean": run.metrics(STAGE)[-1]["reward_mean"]}
 
 
 def group_scores(scorer: Scorer, rollout: Rollout) -> Tensor:
