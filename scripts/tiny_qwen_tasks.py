@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from spatialt2i.core.run import progress, seed_of
 from spatialt2i.core.types import Relation
 from spatialt2i.tiny.grammar import TinyWriter
-from spatialt2i.tiny.painter import TinyPainter, paint
+from spatialt2i.tiny.painter import TinyPainter, outline, paint
 from spatialt2i.tiny.phrases import render
 from spatialt2i.tiny.world import (
-    ARITY, COLOURS, MARGIN, MARGINS, OBJECTS, PREDICATES, SCENES, SIDES, SIZE, Box, Scene,
+    ARITY, COLOURS, MARGIN, MARGINS, OBJECTS, PREDICATES, SCENES, SIDES, SIZE, Box, Scene, margin,
 )
 
 BINS = 16  # coordinates are told in sixteenths of the canvas
@@ -36,10 +36,12 @@ class Batch:
         input_ids: int64 [B, L], padded on the right.
         judged: int64 [N, 4], row, position, 1 for true or 0 for false, predicate.
         spoken: int64 [N, 3], row, position, id of the next token of an answer.
-        mentions: int64 [N, 4], row, position of an object's name, its x and y.
-        seen: int64 [N, 4], row, visual token that holds one object's centre, that object's x and y.
+        mentions: int64 [N, 5], row, position of an object's name, its x and y, and whether it covers part of another
+            object (1), is covered (2), or neither (0).
+        seen: int64 [N, 5], row, visual token that holds one object's centre, and the same of that object.
         related: int64 [N, 6], row, position, x and y of the clause's other object, x and y of their difference.
         cells: float32 [B, visual tokens, objects], which objects have their centre there.
+        map: int64 [B, visual tokens, points], what is visible at points four pixels apart: 1 + position in `OBJECTS`, or 0.
     """
 
     images: np.ndarray
@@ -50,6 +52,7 @@ class Batch:
     seen: np.ndarray
     related: np.ndarray
     cells: np.ndarray
+    map: np.ndarray
 
 
 def layouts(n: int, *, seed: int, split: str) -> list[Scene]:
@@ -118,6 +121,26 @@ def statements(scene: Scene, n: int, rng: np.random.Generator, true_share: float
     return found
 
 
+def whereabouts(scene: Scene) -> dict[str, tuple[int, int, int]]:
+    """Of each object its x and y, and whether it covers part of another (1), is covered (2), or neither (0)."""
+    depth = dict.fromkeys(scene.boxes, 0)
+    for a, box in scene.boxes.items():
+        for b, other in scene.boxes.items():
+            if box.z > other.z and margin(Relation("in front of", a, (b,)), scene.boxes) > 0:
+                depth[a], depth[b] = 1, 2
+    return {name: (*_bins(box.cx, box.cy), depth[name]) for name, box in scene.boxes.items()}
+
+
+def visible(scene: Scene, grid: int) -> np.ndarray:
+    """What is visible at points four pixels apart, by the visual token that holds them: int64 [grid^2, points]."""
+    at = np.arange(2, SIZE, 4) + 0.5
+    shown = np.zeros((len(at), len(at)), dtype=np.int64)
+    for name, box in sorted(scene.boxes.items(), key=lambda item: item[1].z):
+        shown[outline(name.split()[1], at[None] - box.cx, at[:, None] - box.cy, box.r) < 0] = 1 + OBJECTS.index(name)
+    side = len(at) // grid
+    return shown.reshape(grid, side, grid, side).swapaxes(1, 2).reshape(grid**2, side**2)
+
+
 class Tasks:
     """Makes batches from layouts.
 
@@ -144,25 +167,28 @@ class Tasks:
         images = np.empty((size, SIZE, SIZE, 3), dtype=np.uint8)
         cells = np.zeros((size, self.grid**2, len(OBJECTS)), dtype=np.float32)
         found: dict[str, list[tuple[int, ...]]] = {k: [] for k in ("judged", "spoken", "mentions", "seen", "related")}
+        shown = np.empty((size, self.grid**2, (SIZE // 4 // self.grid)**2), dtype=np.int64)
         n, rows = int(rng.integers(4, 10)), []
         for row in range(size):
             scene = varied(self.scenes[int(rng.integers(len(self.scenes)))], rng)
             images[row] = paint(scene, rng)
-            self._look(row, scene, cells, found)
+            shown[row], where = visible(scene, self.grid), whereabouts(scene)
+            self._look(row, scene, where, cells, found)
             chat = row < round(DESCRIBED * size)
             ids = self._chat(row, scene, found, rng) if chat else self._judge(row, scene, n, found, rng)
             for at, token in enumerate(ids):
                 name = OBJECTS[self.objects[token]] if self.objects[token] >= 0 else None
                 if name in scene.boxes:
-                    found["mentions"].append((row, at, *_bins(scene.boxes[name].cx, scene.boxes[name].cy)))
+                    found["mentions"].append((row, at, *where[name]))
             rows.append(ids)
         longest = max(len(ids) for ids in rows)
         input_ids = np.array([ids + [self.tokenizer.pad_token_id] * (longest - len(ids)) for ids in rows])
-        widths = {"judged": 4, "spoken": 3, "mentions": 4, "seen": 4, "related": 6}
+        widths = {"judged": 4, "spoken": 3, "mentions": 5, "seen": 5, "related": 6}
         arrays = {k: np.array(v, dtype=np.int64).reshape(-1, widths[k]) for k, v in found.items()}
-        return Batch(images=images, input_ids=input_ids, cells=cells, **arrays)
+        return Batch(images=images, input_ids=input_ids, cells=cells, map=shown, **arrays)
 
-    def _look(self, row: int, scene: Scene, cells: np.ndarray, found: dict) -> None:
+    def _look(self, row: int, scene: Scene, where: dict[str, tuple[int, int, int]], cells: np.ndarray,
+              found: dict) -> None:
         at: dict[int, list[str]] = {}
         for name, b in scene.boxes.items():
             cell = int(b.cy * self.grid / SIZE) * self.grid + int(b.cx * self.grid / SIZE)
@@ -170,8 +196,7 @@ class Tasks:
             at.setdefault(cell, []).append(name)
         for cell, names in at.items():
             if len(names) == 1:
-                box = scene.boxes[names[0]]
-                found["seen"].append((row, self.picture_at + cell, *_bins(box.cx, box.cy)))
+                found["seen"].append((row, self.picture_at + cell, *where[names[0]]))
 
     def _judge(self, row: int, scene: Scene, n: int, found: dict, rng: np.random.Generator) -> list[int]:
         """A text of n clauses as prompts have them; the truth of each is asked for at its last token.

@@ -2,10 +2,10 @@
 
     python scripts/train_tiny_qwen.py --out src/spatialt2i/tiny/weights/tiny-qwen2.5-vl --work build/qwen
 
-Every clause of a text is judged where it ends, so one picture asks many questions at the cost of one. Three helpers
-that are thrown away make it fast: the place of each named object is read off its mention (and off the visual token
-where it stands), the offset of a clause's two objects off the clause's end, and which objects a visual token shows off
-the vision tower, through the language model's own word embeddings. Runs stop and resume at any point.
+Every clause of a text is judged where it ends, so one picture asks many questions at the cost of one. Helpers that are
+thrown away make it fast: the place and depth of each named object is read off its mention (and off the visual token
+where it stands), the offset of a clause's two objects off the clause's end, and what a visual token shows, point by
+point and by name, off the vision tower. Runs stop and resume at any point.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class Lesson(nn.Module):
         super().__init__()
         self.model, self.reader = model, reader
         width = model.config.text_config.hidden_size
-        self.place = nn.Linear(width, 2 * BINS)
+        self.place = nn.Linear(width, 3 * BINS)  # x, y, depth
         self.relation = nn.Linear(width, 4 * BINS)
+        self.map = nn.Linear(width, (64 // 4 // tasks.grid)**2 * (len(OBJECTS) + 1))
         self.cell_scale, self.cell_bias = nn.Parameter(torch.ones(())), nn.Parameter(torch.full((), -3.0))
         self.objects = torch.tensor([tasks.ids[o] for o in OBJECTS])
         self.yes_no = torch.tensor([tasks.ids["no"], tasks.ids["yes"]])
@@ -71,6 +72,7 @@ class Lesson(nn.Module):
         said = words(last[*t["spoken"].T[:2]]).float()
         judged = words(last[*t["judged"].T[:2]]).float()
         cells = norm(self.seen["v"]) @ words.weight[self.objects].T * self.cell_scale + self.cell_bias
+        shown = self.map(self.seen["v"]).float().view(-1, len(OBJECTS) + 1)
         true = t["judged"][:, 2]
         losses = {
             "judged": F.cross_entropy(judged, self.yes_no[true]),
@@ -79,6 +81,7 @@ class Lesson(nn.Module):
             "mentions": 0.5 * self._place(t["mentions"], MENTIONED),
             "seen": 0.5 * self._place(t["seen"], SEEN),
             "related": 0.25 * self._bins(self.relation(self.seen[RELATED][*t["related"].T[:2]]), t["related"][:, 2:]),
+            "map": F.cross_entropy(shown, t["map"].flatten()),
             "cells": F.binary_cross_entropy_with_logits(cells.float().view_as(t["cells"]), t["cells"]) * len(OBJECTS),
         }
         return losses, (verdicts.argmax(1) == true).float()

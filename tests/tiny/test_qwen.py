@@ -72,7 +72,10 @@ def test_batches_repeat_and_point_at_what_they_mean(tasks):
     batch, again = tasks.batch(3, 10), tasks.batch(3, 10)
     assert np.array_equal(batch.images, again.images) and np.array_equal(batch.input_ids, again.input_ids)
     named = tasks.objects[batch.input_ids[batch.mentions[:, 0], batch.mentions[:, 1]]]
-    assert (named >= 0).all() and batch.mentions[:, 2:].max() < lessons.BINS
+    assert (named >= 0).all() and batch.mentions[:, 2:4].max() < lessons.BINS
+    assert set(batch.mentions[:, 4]) <= {0, 1, 2}
+    for r, c in zip(batch.seen[:40, 0], batch.seen[:40, 1] - tasks.picture_at, strict=True):
+        assert set(batch.map[r, c]) - {0}  # an object's centre is there, so something is to be seen
     row, cell = batch.seen[:, 0], batch.seen[:, 1] - tasks.picture_at
     assert (batch.cells[row, cell].sum(1) == 1).all()
     assert np.array_equal(cell % 4, batch.seen[:, 2] // 4) and np.array_equal(cell // 4, batch.seen[:, 3] // 4)
@@ -81,3 +84,13 @@ def test_batches_repeat_and_point_at_what_they_mean(tasks):
     assert set(words) & set(OBJECTS) and {"yes", "no"} & set(words) and words[-1] == "<|im_end|>"
     told = batch.input_ids[answers[:, 0], answers[:, 1] + 1]
     assert np.array_equal(told, answers[:, 2])
+
+
+def test_depths_are_the_worlds(scenes):
+    for scene in scenes:
+        depth = {name: d for name, (_, _, d) in lessons.whereabouts(scene).items()}
+        for a in scene.boxes:
+            in_front = [b for b in scene.boxes if b != a and
+                        margin(lessons.Relation("in front of", a, (b,)), scene.boxes) > 0]
+            assert (depth[a] == 1) == bool(in_front)
+            assert all(depth[b] == 2 for b in in_front)
