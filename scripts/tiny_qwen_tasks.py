@@ -41,7 +41,8 @@ class Batch:
         seen: int64 [N, 5], row, visual token that holds one object's centre, and the same of that object.
         related: int64 [N, 6], row, position, x and y of the clause's other object, x and y of their difference.
         cells: float32 [B, visual tokens, objects], which objects have their centre there.
-        map: int64 [B, visual tokens, points], what is visible at points four pixels apart: 1 + position in `OBJECTS`, or 0.
+        map: int64 [B, visual tokens, points], what is visible at points four pixels apart: 1 + position in `OBJECTS`,
+            or 0.
     """
 
     images: np.ndarray

@@ -237,6 +237,7 @@ def write_pipeline(folder: Path, flow: Flow, average: dict[str, torch.Tensor], v
             use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096),
         vae=vae, text_encoder=mean.clip, tokenizer=make_tokenizer(max_length=CLIP_LENGTH), text_encoder_2=mean.t5,
         tokenizer_2=make_tokenizer(max_length=512), transformer=mean.transformer)
+    vae.register_to_config(_name_or_path="vae")  # not the folder of this machine that it was read from
     pipeline.to(torch.bfloat16).save_pretrained(folder / "pipeline")
     vae.to(torch.float32)
 
