@@ -84,7 +84,8 @@ def row(total: Counter[tuple[str, bool, bool]], predicate: str | None) -> dict[s
             mine[holds, says] += n
     relations = sum(mine.values())
     right = mine[True, True] + mine[False, False]
-    return {"relations": relations, "accuracy": round(right / relations, 5), "false": mine[False, False] + mine[False, True],
+    return {"relations": relations, "accuracy": round(right / relations, 5),
+            "false": mine[False, False] + mine[False, True],
             "missed": mine[True, False], "invented": mine[False, True]}
 
 
