@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from spatialt2i.core.run import progress, seed_of
 from spatialt2i.core.types import Relation
 from spatialt2i.tiny.grammar import TinyWriter
-from spatialt2i.tiny.painter import TinyPainter, outline, paint
+from spatialt2i.tiny.painter import TinyPainter, paint
 from spatialt2i.tiny.phrases import render
 from spatialt2i.tiny.world import (
     ARITY, COLOURS, MARGIN, MARGINS, OBJECTS, PREDICATES, SCENES, SIDES, SIZE, Box, Scene, margin,
 )
+from tiny_corpus import object_map
 
 BINS = 16  # coordinates are told in sixteenths of the canvas
 DESCRIBED = 0.2  # share of pictures that are described and asked about in chat form; the others are judged in place
@@ -134,11 +135,8 @@ def whereabouts(scene: Scene) -> dict[str, tuple[int, int, int]]:
 
 def visible(scene: Scene, grid: int) -> np.ndarray:
     """What is visible at points four pixels apart, by the visual token that holds them: int64 [grid^2, points]."""
-    at = np.arange(2, SIZE, 4) + 0.5
-    shown = np.zeros((len(at), len(at)), dtype=np.int64)
-    for name, box in sorted(scene.boxes.items(), key=lambda item: item[1].z):
-        shown[outline(name.split()[1], at[None] - box.cx, at[:, None] - box.cy, box.r) < 0] = 1 + OBJECTS.index(name)
-    side = len(at) // grid
+    shown = object_map(scene).astype(np.int64)
+    side = len(shown) // grid
     return shown.reshape(grid, side, grid, side).swapaxes(1, 2).reshape(grid**2, side**2)
 
 
