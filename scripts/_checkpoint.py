@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,12 +13,13 @@ from safetensors.torch import save_file
 
 
 def save_state(path: Path, *, step: int, module: torch.nn.Module, average: dict[str, torch.Tensor],
-               optimizer: torch.optim.Optimizer) -> None:
+               optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Write everything that `load_state` needs, atomically."""
     tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+    for n, optimizer in enumerate(optimizers):
+        for i, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{n}.{i}.{k}": v for k, v in moments.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, partial, {"step": json.dumps(step)})
@@ -25,17 +27,18 @@ def save_state(path: Path, *, step: int, module: torch.nn.Module, average: dict[
 
 
 def load_state(path: Path, *, module: torch.nn.Module, average: dict[str, torch.Tensor],
-               optimizer: torch.optim.Optimizer) -> int:
+               optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Read what `save_state` wrote into the given objects; returns the step, 0 where there is no file."""
     if not path.exists():
         return 0
     with safe_open(path, "pt") as f:
         module.load_state_dict({k: f.get_tensor(f"model.{k}") for k in module.state_dict()})
         average.update({k: f.get_tensor(f"average.{k}") for k in average})
-        state = optimizer.state_dict()
+        states = [optimizer.state_dict() for optimizer in optimizers]
         for name in f.keys():  # noqa: SIM118 - a safetensors handle is no dict
             if name.startswith("optimizer."):
-                _, i, key = name.split(".")
-                state["state"].setdefault(int(i), {})[key] = f.get_tensor(name)
-        optimizer.load_state_dict(state)
+                _, n, i, key = name.split(".")
+                states[int(n)]["state"].setdefault(int(i), {})[key] = f.get_tensor(name)
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
         return json.loads(f.metadata()["step"])

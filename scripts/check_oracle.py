@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000, help="renders")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--json", type=Path, help="also write the whole table to this file")
     args = parser.parse_args()
     total: Counter[tuple[str, bool, bool]] = Counter()
     with ProcessPoolExecutor(args.workers) as pool:

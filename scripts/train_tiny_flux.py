@@ -28,7 +28,7 @@ from spatialt2i.tiny.tokenizer import CLIP_LENGTH, make_tokenizer
 from spatialt2i.tiny.world import OBJECTS
 
 LATENT_CHANNELS = 8
-SHIFT = 1.6  # of the training noise levels; FLUX's own schedule shifts 64 tokens by exp(0.4675)
+SHIFT = 3.0  # of the training noise levels: what is drawn where is decided at high ones
 AUX_BLOCK = 1  # the single-stream block whose image tokens must tell which object is where
 
 
@@ -70,7 +70,7 @@ def train_vae(args: argparse.Namespace) -> None:
     average = {k: v.clone() for k, v in vae.state_dict().items()}
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     state = args.out / "vae_state.safetensors"
-    start = load_state(state, module=vae, average=average, optimizer=optimizer)
+    start = load_state(state, module=vae, average=average, optimizers=[optimizer])
     for step in progress(range(start, args.steps), desc="vae", total=args.steps, initial=start):
         rng = np.random.default_rng((args.seed, step))
         torch.manual_seed(args.seed * 1_000_003 + step)
@@ -93,7 +93,7 @@ def train_vae(args: argparse.Namespace) -> None:
         if step % 25 == 0:
             log(args.out / "vae.jsonl", step=step, l1=float(error.abs().mean()), kl=float(kl))
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
-            save_state(state, step=step + 1, module=vae, average=average, optimizer=optimizer)
+            save_state(state, step=step + 1, module=vae, average=average, optimizers=[optimizer])
     vae.load_state_dict(average)
     with torch.no_grad():
         z = vae.eval().encode(pixels(images[:1000])).latent_dist.mean
@@ -165,7 +165,9 @@ def make_latents(args: argparse.Namespace, vae: AutoencoderKL) -> np.ndarray:
 def train_flow(args: argparse.Namespace) -> None:
     """Flow matching on v = noise - picture, a tenth of the captions left empty, plus the auxiliary reader.
 
-    The forward and backward passes run on a copy of the weights in ``args.dtype``; the optimizer keeps float32 ones.
+    Muon (as torch has it) trains the blocks' matrices, AdamW the rest: at equal steps it learns what is drawn where
+    about twice as fast as AdamW alone. From step ``args.guide_from`` on the target carries classifier-free guidance,
+    so that the guidance input means what it means in FLUX.1-dev. The forward and backward passes run on a copy of the weights in ``args.dtype``; the optimizer keeps float32 ones.
     """
     torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.out / "vae")
@@ -173,9 +175,13 @@ def train_flow(args: argparse.Namespace) -> None:
     maps, tokens = np.load(args.corpus / "maps.npy"), np.load(args.corpus / "tokens.npy", mmap_mode="r")
     flow = Flow()
     average = {k: v.clone() for k, v in flow.state_dict().items()}
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    matrices = [p for n, p in flow.named_parameters() if p.ndim == 2 and "block" in n and "relative" not in n]
+    rest = [p for p in flow.parameters() if not any(p is m for m in matrices)]
+    optimizers = [
+        torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3),
+        torch.optim.Muon(matrices, lr=args.lr, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw")]
     state = args.out / "flow_state.safetensors"
-    start = load_state(state, module=flow, average=average, optimizer=optimizer)
+    start = load_state(state, module=flow, average=average, optimizers=optimizers)
     worker = Flow().to(getattr(torch, args.dtype))
     empty = torch.from_numpy(make_tokenizer(max_length=CLIP_LENGTH)(
         "", padding="max_length", max_length=tokens.shape[2], return_tensors="np").input_ids)
@@ -192,28 +198,34 @@ def train_flow(args: argparse.Namespace) -> None:
         words = torch.from_numpy(tokens[pick, rng.integers(tokens.shape[1], size=args.batch)].astype(np.int64))
         words[torch.rand(args.batch) < 0.1] = empty
         target = torch.from_numpy(maps[pick].astype(np.int64)).reshape(-1, 8, 2, 8, 2).permute(0, 1, 3, 2, 4)
-        error, reading = flow_loss(worker, x0, words, target.reshape(-1), weight)
+        error, reading = flow_loss(worker, x0, words, target.reshape(-1), weight,
+                                   empty if step >= args.guide_from else None)
         (error + args.aux * reading).backward()
         for master, copied in zip(flow.parameters(), worker.parameters(), strict=True):
             master.grad = copied.grad.float()
             copied.grad = None
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, args.steps, args.lr, 200)
-        optimizer.step()
+        for optimizer, peak in zip(optimizers, (args.lr, args.lr_matrices), strict=True):
+            optimizer.param_groups[0]["lr"] = rate(step, args.steps, peak, 200)
+            optimizer.step()
         blend(average, flow, min(0.999, (step + 1) / (step + 100)))
         if step % 50 == 0:
             log(args.out / "flow.jsonl", step=step, error=float(error), reading=float(reading), norm=float(norm))
         if time.monotonic() - saved > 180 or step + 1 == args.steps:
-            save_state(state, step=step + 1, module=flow, average=average, optimizer=optimizer)
+            save_state(state, step=step + 1, module=flow, average=average, optimizers=optimizers)
             write_pipeline(args.out, flow, average, vae)
             saved = time.monotonic()
     write_pipeline(args.out, flow, average, vae)
 
 
-def flow_loss(flow: Flow, x0: torch.Tensor, words: torch.Tensor, target: torch.Tensor,
-              weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared velocity error, and cross-entropy of the reader, at random noise levels."""
+def flow_loss(flow: Flow, x0: torch.Tensor, words: torch.Tensor, target: torch.Tensor, weight: torch.Tensor,
+              empty: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared velocity error, and cross-entropy of the reader, at random noise levels.
+
+    With ``empty``, the tokens of the empty caption, the target is u + (1 - 1 / g) (v - v_empty), whose fixed point in v
+    is v_empty + g (E[u] - v_empty): guidance of scale g, learnt in one go with the flow (model guidance,
+    arXiv 2502.12154).
+    """
     t = torch.sigmoid(torch.randn(len(x0)))
     t = SHIFT * t / (1 + (SHIFT - 1) * t)
     noise = torch.randn_like(x0)
@@ -224,7 +236,14 @@ def flow_loss(flow: Flow, x0: torch.Tensor, words: torch.Tensor, target: torch.T
     # the fused attention's backward pass on CPUs is several times slower than the plain one at these lengths
     with sdpa_kernel(SDPBackend.MATH):
         v, logits = flow(x.to(dtype), t.to(dtype), guidance.to(dtype), words, ids)
-        error = (v.float() - (noise - x0)).square().mean()
+        u = noise - x0
+        if empty is not None:
+            with torch.no_grad():
+                base = flow(x.to(dtype), t.to(dtype), torch.ones_like(guidance).to(dtype), empty.expand(len(x0), -1),
+                            ids)[0]
+            guided = (words != empty).any(1) * (1 - 1 / guidance)  # [B]
+            u = u + guided[:, None, None] * (v.detach() - base).float()
+        error = (v.float() - u).square().mean()
         return error, F.cross_entropy(logits.float().flatten(0, 2), target, weight=weight)
 
 
@@ -251,6 +270,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr-matrices", type=float, default=2e-3, help="peak learning rate of Muon")
+    parser.add_argument("--guide-from", type=int, default=2**31, help="first step whose target carries guidance")
     parser.add_argument("--aux", type=float, default=0.1, help="weight of the auxiliary reader")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

@@ -177,7 +177,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(lesson.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     average = {k: v.clone() for k, v in lesson.state_dict().items()}
     state = args.work / "state.safetensors"
-    first = load_state(state, module=lesson, average=average, optimizer=optimizer)
+    first = load_state(state, module=lesson, average=average, optimizers=[optimizer])
     began, bar = time.monotonic(), progress(args.steps, desc="tiny-qwen", initial=first)
     for step in range(first, args.steps):
         rate = min(1, (step + 1) / args.warmup) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / args.steps)))
@@ -202,7 +202,7 @@ def main() -> None:
                                                        **judge(lesson, sets["held-out"], batches=4, size=args.batch)})
             lesson.load_state_dict(kept)
         if done % args.save_every == 0 or done == args.steps or late:
-            save_state(state, step=done, module=lesson, average=average, optimizer=optimizer)
+            save_state(state, step=done, module=lesson, average=average, optimizers=[optimizer])
         bar.set_postfix(right=f"{right.mean():.3f}", **{k: f"{v:.2f}" for k, v in losses.items()}, refresh=False)
         bar.update()
         if late:

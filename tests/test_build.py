@@ -49,6 +49,8 @@ def test_a_stage_is_done_once_and_again_when_its_inputs_change(config: Config, t
     assert len(done) == 2
     manifest = run.manifest("data")
     assert manifest["counts"] == {"pairs": 3} and manifest["peak_mb"] > 0
+    build._stage(run, "data", "k2", work, lambda figures: figures["share"] > 0.9)
+    assert len(done) == 3
 
 
 def test_the_key_of_a_stage_sees_its_inputs_alone(config: Config) -> None:
@@ -58,6 +60,18 @@ def test_the_key_of_a_stage_sees_its_inputs_alone(config: Config) -> None:
     assert build._key(config, "reward") == build._key(other_rl, "reward")
     assert build._key(config, "rl") != build._key(other_rl, "rl")
     assert build._key(config, "data") != build._key(dataclasses.replace(config, seed=1), "data")
+
+
+def test_the_key_of_a_stage_sees_which_shipped_model_it_used(tmp_path: Path, monkeypatch) -> None:
+    config = load_config("quickstart")
+    for name in build.SHIPPED:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    monkeypatch.setattr(build, "WEIGHTS", tmp_path)
+    before = {stage: build._key(config, stage) for stage in build.ORDER}
+    (tmp_path / "tiny-flux" / "manifest.json").write_text('{"seed": 1}')
+    changed = [stage for stage in build.ORDER if build._key(config, stage) != before[stage]]
+    assert changed == ["rl", "bench"]
 
 
 def test_models_are_found_by_shipped_name_or_taken_as_they_are(monkeypatch, tmp_path: Path) -> None:
@@ -73,6 +87,9 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
     run = RunDir.open(tmp_path, Config())
     with pytest.raises(RunError, match="no shards of the split 'test'; run `spatialt2i data build"):
         build.shards(run, "test")
+    run.finish("data", key="", counts={"train": 5, "test": 0}, seconds=0, peak_mb=0)
+    with pytest.raises(RunError, match="split 'test' is empty; ask for more pairs"):
+        build.shards(run, "test")
 
 
 @pytest.mark.parametrize("preset", ["tiny", "quickstart"])
@@ -80,3 +97,14 @@ def test_the_embedded_presets_name_the_embedded_parts(preset: str) -> None:
     config = load_config(preset)
     assert (config.reward.backbone, config.rl.model) == build.SHIPPED[::-1]
     assert build.make_writer(config) and build.make_painter(config).name and build.make_verifier(config).name
+
+
+def test_a_damaged_file_of_the_dataset_is_made_again(tmp_path: Path) -> None:
+    config = load_config("quickstart", ["data.pairs=12", "data.workers=1"])
+    run = RunDir.open(tmp_path / "run", config)
+    build.data_build(config, run)
+    file = build.shards(run, "train")[0]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    build.data_build(config, run)
+    assert file.read_bytes() == whole

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from spatialt2i.core.config import Config, load_config, section_hash
 from spatialt2i.core.device import describe_machine, pick_device, set_threads
 from spatialt2i.core.run import RunDir, RunError, atomic_path, measured, read_json, seed_of
-from spatialt2i.core.store import read_preferences
+from spatialt2i.core.store import file_hash, read_preferences
 from spatialt2i.core.types import Prompt
 
 if TYPE_CHECKING:
@@ -41,7 +41,11 @@ def data_build(config: Config, run: RunDir) -> dict[str, Any]:
         return build_dataset(config=config.data, seed=config.seed, folder=run.stage("data"),
                              parts=functools.partial(data_parts, config), exclude=evaluated)
 
-    return _stage(run, "data", _key(config, "data"), work)
+    def whole(figures: dict[str, Any]) -> bool:
+        files = {name: run.path / "data" / "data" / name for name in figures["sha256"]}
+        return all(path.exists() and file_hash(path) == figures["sha256"][name] for name, path in files.items())
+
+    return _stage(run, "data", _key(config, "data"), work, whole)
 
 
 def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
@@ -297,17 +301,21 @@ def shards(run: RunDir, split: str) -> list[Path]:
     Raises:
         RunError: there are none.
     """
-    found = sorted((run.path / "data").rglob(f"{split}-*.parquet"))
+    found = sorted((run.path / "data" / "data").glob(f"{split}-*.parquet"))
+    if not found and run.manifest("data") and not run.manifest("data")["counts"].get(split):
+        raise RunError(f"{run.path / 'data'}: the split {split!r} is empty; ask for more pairs (data.pairs) or a larger "
+                       f"share of them (data.validation, data.test)")
     if not found:
         raise RunError(f"{run.path / 'data'}: no shards of the split {split!r}; run "
                        f"`spatialt2i data build --run {run.path}`")
     return found
 
 
-def _stage(run: RunDir, name: str, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do the work unless the run has it already, and write the manifest with its figures and costs."""
-    if run.done(name, key):
-        return run.manifest(name)["figures"]
+def _stage(run: RunDir, name: str, key: str, work: Callable[[], dict[str, Any]],
+           whole: Callable[[dict[str, Any]], bool] = lambda figures: True) -> dict[str, Any]:
+    """Do the work unless the run has it already and ``whole``, and write the manifest with its figures and costs."""
+    if run.done(name, key) and whole(figures := run.manifest(name)["figures"]):
+        return figures
     with measured() as cost:
         figures = work()
     run.finish(name, key=key, counts=figures.get("counts", {}), seconds=cost.seconds, peak_mb=cost.peak_mb,
@@ -316,10 +324,13 @@ def _stage(run: RunDir, name: str, key: str, work: Callable[[], dict[str, Any]])
 
 
 def _key(config: Config, last: str) -> str:
-    """Hash of the seed and of every section that has a say in the stages up to ``last``."""
+    """Hash of the seed, and of every section and shipped model that has a say in the stages up to ``last``."""
+    names = ORDER[: ORDER.index(last) + 1]
     how_only = dataclasses.replace(config.data, workers=0)  # the number of processes changes nothing
-    sections = [how_only if name == "data" else getattr(config, name) for name in ORDER[: ORDER.index(last) + 1]]
-    return f"{seed_of(config.seed, *(section_hash(s) for s in sections)):016x}"
+    sections = [how_only if name == "data" else getattr(config, name) for name in names]
+    models = {"reward": config.reward.backbone, "rl": config.rl.model}
+    made = [file_hash(Path(model_folder(models[n]), "manifest.json")) for n in names if models.get(n) in SHIPPED]
+    return f"{seed_of(config.seed, *(section_hash(s) for s in sections), *made):016x}"
 
 
 def _needs(run: RunDir, stage: str, command: str) -> None:

@@ -149,6 +149,7 @@ def test_checkpoint_of_another_training(make_model, pairs, tmp_path):
         fit(tmp_path / "run", make_model(), pairs, seed=1)
     with pytest.raises(CheckpointMismatch, match="data was"):
         fit(tmp_path / "run", make_model(), pairs[1:])
+    fit(tmp_path / "run", make_model(micro_batch=1, score_batch=1), pairs)  # they change memory, not the training
 
 
 def test_unusable_pairs_are_named(make_model, pairs, tmp_path):

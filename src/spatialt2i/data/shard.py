@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 from spatialt2i.core.config import DataConfig
 from spatialt2i.core.protocols import Generator, Verifier, Writer
 from spatialt2i.core.run import read_json, seed_of, write_json
-from spatialt2i.core.store import write_jsonl, write_preferences
+from spatialt2i.core.store import file_hash, write_jsonl, write_preferences
 from spatialt2i.core.types import Prompt
 from spatialt2i.data.stages import KEPT, UNPERTURBED, draw_and_judge, outcome, perturb_prompts, write_prompts
 
@@ -71,7 +70,7 @@ def make_shard(shard: Shard) -> dict[str, Any]:
     write_preferences(shard.path(FILES[3]), kept)
     manifest = {
         "identity": shard.identity, "counts": dict(sorted(counts.items())),
-        "sha256": {pattern: _sha256(shard.path(pattern)) for pattern in FILES},
+        "sha256": {pattern: file_hash(shard.path(pattern)) for pattern in FILES},
         "rows": [[scene_key(p.prompt), text_key(p.pair.perfect.text), text_key(p.pair.perturbed.text)] for p in kept],
     }
     write_json(shard.manifest, manifest)
@@ -87,7 +86,7 @@ def stored(shard: Shard) -> dict[str, Any] | None:
     try:
         manifest = read_json(shard.manifest)
         whole = manifest["identity"] == shard.identity and all(
-            _sha256(shard.path(pattern)) == manifest["sha256"][pattern] for pattern in FILES)
+            file_hash(shard.path(pattern)) == manifest["sha256"][pattern] for pattern in FILES)
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing, cut off, or no manifest at all
         return None
     return manifest if whole else None
@@ -101,8 +100,3 @@ def scene_key(prompt: Prompt) -> int:
 def text_key(text: str) -> int:
     """A hash of a prompt's text."""
     return seed_of("text", text)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -26,9 +26,10 @@ class CheckpointMismatch(RuntimeError):
 
 
 def identity(config: RewardConfig, seed: int, pair_ids: Sequence[str], fingerprint: str) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be continued."""
+    """What must be the same for a checkpoint to be continued: all but the sizes of batches that only save memory."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("micro_batch", "score_batch")}
     data = hashlib.sha256(json.dumps(list(pair_ids)).encode()).hexdigest()[:16]
-    return {"seed": seed, "data": data, "backbone weights": fingerprint, **dataclasses.asdict(config)}
+    return {"seed": seed, "data": data, "backbone weights": fingerprint, **settings}
 
 
 def save(folder: Path, step: int, *, model: SpatialScoreModel, optimizer: torch.optim.Optimizer,
