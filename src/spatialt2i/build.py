@@ -303,8 +303,8 @@ def shards(run: RunDir, split: str) -> list[Path]:
     """
     found = sorted((run.path / "data" / "data").glob(f"{split}-*.parquet"))
     if not found and run.manifest("data") and not run.manifest("data")["counts"].get(split):
-        raise RunError(f"{run.path / 'data'}: the split {split!r} is empty; ask for more pairs (data.pairs) or a larger "
-                       f"share of them (data.validation, data.test)")
+        raise RunError(f"{run.path / 'data'}: the split {split!r} is empty; ask for more pairs (data.pairs) or a "
+                       "larger share of them (data.validation, data.test)")
     if not found:
         raise RunError(f"{run.path / 'data'}: no shards of the split {split!r}; run "
                        f"`spatialt2i data build --run {run.path}`")
