@@ -1,14 +1,21 @@
-"""The one file of `core` that knows torch: devices, threads, dtypes, and what ``doctor`` reports about the machine."""
+"""The machine: devices, threads, dtypes, what ``doctor`` reports, and what work costs. Only here `core` knows torch."""
 
 from __future__ import annotations
 
 import os
 import platform
-from contextlib import AbstractContextManager, nullcontext
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+
+from spatialt2i.core.run import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +30,7 @@ NEEDED_FOR = {
     "safetensors": "reading and writing weights",
     "datasets": "reading the pairs with load_dataset",
     "tensorboard": "live curves; metrics.jsonl is written without it",
-    "scipy": "statistics of the benchmarks",
+    "scipy": "the judge of the tabletop world, and statistics of the benchmarks",
     "matplotlib": "figures of the dataset and the report",
     "jinja2": "the page of the report",
 }
@@ -106,3 +113,63 @@ def describe_machine() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(i)
         machine["devices"].append({"name": properties.name, "memory_gb": round(properties.total_memory / 2**30, 1)})
     return machine
+
+
+@dataclass
+class Measurement:
+    """Cost of a block of work: wall seconds, and peak resident memory in MB of this process and its children."""
+
+    seconds: float = 0.0
+    peak_mb: float = 0.0
+
+
+@contextmanager
+def measured(ledger: Path) -> Iterator[Measurement]:
+    """Measure the time and memory of the block, and of the blocks before it that did not get to delete the ledger.
+
+    Args:
+        ledger: file that keeps the figures, at most ten seconds old, when the process is killed.
+
+    Yields:
+        The figures, current four times a second, and final after the block.
+    """
+    result = Measurement(**read_json(ledger)) if ledger.exists() else Measurement()
+    before, start, stop = result.seconds, time.perf_counter(), threading.Event()
+
+    def look() -> None:
+        result.seconds = before + time.perf_counter() - start
+        result.peak_mb = max(result.peak_mb, _tree_mb())
+
+    def keep() -> None:
+        with suppress(OSError):  # a full disk is for the block to report
+            write_json(ledger, asdict(result))
+
+    def watch() -> None:
+        looks = 0
+        while not stop.wait(0.25):
+            look()
+            looks += 1
+            if looks % 40 == 0:
+                keep()
+
+    look()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield result
+    finally:
+        stop.set()
+        watcher.join()
+        look()
+        keep()
+
+
+def _tree_mb() -> float:
+    me = psutil.Process()
+    total = 0
+    for process in (me, *me.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:  # it ended meanwhile
+            continue
+    return total / 2**20
