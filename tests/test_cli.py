@@ -55,6 +55,8 @@ def test_help_names_every_field_with_default_and_meaning(stage: cli.Stage) -> No
     result = spatialt2i(*stage.name.split(), "--help")
     assert result.exit_code == 0 and stage.help.split()[0] in result.output
     assert all(option in result.output for option in ("--preset", "--run", "--json", "--debug"))
+    starts_work = stage.name not in ("reward score", "rl sample", "report", "doctor")
+    assert ("--if-exists" in result.output) == starts_work
     for row in describe(Config(), stage.sections):
         assert f"  {row.key} = {row.value}\n" in result.output
         assert f"      {row.help} ({row.type})" in result.output
@@ -112,6 +114,14 @@ def test_commands_without_a_run_make_no_folder(stage: SimpleNamespace, tmp_path:
     assert result.exit_code == 1 and "not a run folder" in result.output and not (tmp_path / "r").exists()
 
 
+def test_only_runs_are_compared(stage: SimpleNamespace, tmp_path: Path) -> None:
+    other = RunDir.open(tmp_path / "b", load_config("tiny")).path
+    result = spatialt2i("report", "--run", tmp_path / "a", "--beside", other, "--beside", tmp_path / "nowhere")
+    assert result.exit_code == 1 and f"{tmp_path / 'nowhere'}: not a run folder" in result.stderr
+    assert spatialt2i("report", "--run", tmp_path / "a", "--beside", other).exit_code == 0
+    assert stage.calls[0][2] == {"beside": (other,)}
+
+
 # ---- figures
 
 FIGURES = {"accuracy": {"one": {"value": 0.951234, "lo": 0.94, "hi": 0.96, "n": 2000}}, "judge": "oracle", "bad": None,
@@ -141,6 +151,15 @@ def test_nan_becomes_null_on_standard_output(stage: SimpleNamespace, tmp_path: P
     stage.work = lambda config, run: {"x": float("nan")}
     result = spatialt2i("reward", "eval", "--run", tmp_path / "r", "--json", "-")
     assert json.loads(result.stdout, parse_constant=pytest.fail) == {"x": None}
+
+
+def test_figures_that_cannot_be_written_are_an_error_and_still_shown(stage: SimpleNamespace, tmp_path: Path) -> None:
+    stage.work = lambda config, run: FIGURES
+    (tmp_path / "file").write_text("x")
+    target = tmp_path / "file" / "x.json"
+    result = spatialt2i("reward", "eval", "--run", tmp_path / "r", "--json", target)
+    assert result.exit_code == 1 and f"Error: --json {target}: cannot be written" in result.stderr
+    assert "accuracy.one" in result.stdout and "Traceback" not in result.output
 
 
 # ---- errors
@@ -178,7 +197,7 @@ def test_a_missing_package_names_the_extra(stage: SimpleNamespace, tmp_path: Pat
 
     stage.work = work
     result = spatialt2i("rl", "train", "--run", tmp_path / "r")
-    assert result.exit_code == 1 and "package diffusers is not installed; pip install" in result.stderr
+    assert result.exit_code == 1 and "package diffusers is not installed; pip install '.[all]'" in result.stderr
 
 
 def test_a_fault_in_the_program_is_not_hidden(stage: SimpleNamespace, tmp_path: Path) -> None:

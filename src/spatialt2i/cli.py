@@ -26,7 +26,7 @@ class Stage:
         target: the function of `spatialt2i.build` behind it; it gets config, run and ``options``, and returns figures.
         help: one sentence.
         sections: of the config, shown by ``--help``.
-        folders: in the run; what ``--if-exists`` looks at. Empty: the whole run.
+        folders: in the run; what ``--if-exists`` looks at. Empty: the whole run. None: there is no such option.
         preset: used where neither ``--preset`` nor the run's own config says otherwise.
         makes_run: False where the command works without a run, and never makes its folder.
         options: the command's own.
@@ -37,7 +37,7 @@ class Stage:
     target: str
     help: str
     sections: tuple[str, ...] = ()
-    folders: tuple[str, ...] = ()
+    folders: tuple[str, ...] | None = ()
     preset: str = "tiny"
     makes_run: bool = True
     options: tuple[click.Option, ...] = ()
@@ -50,6 +50,7 @@ GROUPS = {
     "rl": "Part 3: Spatial-RL, GRPO on an image generator.",
     "bench": "Part 4: benchmarks of generators.",
 }
+
 LONG = ("statistics", "sha256")  # figures that are for --json and the report, not for a terminal
 EVERYTHING = ("data", "reward", "rl", "bench")
 SCORE_OPTIONS = (
@@ -83,7 +84,7 @@ STAGES = (
           options=SAMPLE_OPTIONS),
     Stage("bench indomain", "bench_indomain", "Base against tuned generator on held-out prompts, judged by the oracle.",
           ("bench",), ("bench", "eval")),
-    Stage("report", "report", "Write report.html and report.json of the run.", (), ("report",), options=REPORT_OPTIONS,
+    Stage("report", "report", "Write report.html and report.json of the run.", folders=None, options=REPORT_OPTIONS,
           card=True),
     Stage("all", "all_stages", "Every stage from prompts to report; finished ones are kept.", EVERYTHING, card=True),
     Stage("quickstart", "all_stages", "Every stage, small: the whole loop in minutes on two cores.", EVERYTHING,
@@ -123,7 +124,7 @@ def _command(stage: Stage, name: str) -> click.Command:
         click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
         click.Argument(["overrides"], nargs=-1, metavar="[SECTION.SETTING=VALUE]..."),
     ]
-    if stage.makes_run:
+    if stage.makes_run and stage.folders is not None:
         params.insert(-3, click.Option(
             ["--if-exists"], type=click.Choice(["resume", "raise", "delete"]), default="resume", show_default=True,
             help=f"What to do where {'the run' if not stage.folders else 'this stage of the run'} exists."))
@@ -146,21 +147,24 @@ def _run_command(stage: Stage, given: dict[str, Any]) -> None:
     try:
         own = run / "config.toml" if run and is_run(run) else None
         config = load_config(preset or own or stage.preset, given["overrides"])
-        if run and not stage.makes_run and not own:
-            raise RunError(f"{run}: not a run folder; expected one that a stage of spatialt2i made")
-        opened = RunDir.open(run, config, given.get("if_exists", "resume"), stages=stage.folders) if run else None
+        read = [*given.get("beside", ()), *([run] if run and not stage.makes_run else [])]
+        for path in read:
+            if not is_run(path):
+                raise RunError(f"{path}: not a run folder; expected one that a stage of spatialt2i made")
+        if_exists = given.get("if_exists", "resume")
+        opened = RunDir.open(run, config, if_exists, stages=stage.folders or ()) if run else None
         figures = _function(stage)(config, opened, **{o.name: given[o.name] for o in stage.options})
+        _show(figures, given["json_file"], _card(opened) if stage.card else None)
     except KeyboardInterrupt:
         again = f"; go on with: spatialt2i {stage.name} --run {run}" if stage.makes_run else ""
         click.echo(f"\nInterrupted. Finished work is kept{again}", err=True)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, ImportError) as e:
         ours = isinstance(e, ImportError) and (e.name or "").startswith("spatialt2i")  # a fault, not a missing package
-        if given["debug"] or ours:
+        if given["debug"] or ours or isinstance(e, BrokenPipeError):  # click ends quietly where its reader did
             raise
         click.echo(f"Error: {_message(e)}\n(--debug shows where)", err=True)
         sys.exit(2 if isinstance(e, ConfigError) else 1)
-    _show(figures, given["json_file"], _card(opened) if stage.card else None)
 
 
 def _card(run: RunDir) -> str:
@@ -173,7 +177,8 @@ def _function(stage: Stage) -> Callable[..., dict[str, Any]]:
 
 def _message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
-        return f"the package {error.name} is not installed; pip install 'spatialt2i[all]' brings everything"
+        return (f"the package {error.name} is not installed; pip install '.[all]' in a checkout of spatialt2i brings "
+                "everything")
     return str(error) or type(error).__name__
 
 
@@ -195,7 +200,10 @@ def _show(figures: dict[str, Any], json_file: str | None, card: str | None) -> N
     if json_file == "-":
         click.echo(json_text(figures), nl=False)
     elif json_file:
-        write_json(json_file, figures)
+        try:
+            write_json(json_file, figures)
+        except OSError as e:
+            raise OSError(f"--json {json_file}: cannot be written ({e}); name another file, nothing else is lost") from e
 
 
 def figure_lines(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
