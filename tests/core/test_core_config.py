@@ -79,6 +79,11 @@ def test_awkward_strings_survive() -> None:
     ("bench.hard_relations=[4, 5.5]", ["expected list of int"]),
     ("rl.top_k=13", ["rl.top_k = 13", "at most half of rl.group = 24"]),
     ("rl.train_steps=9", ["rl.rollout_steps"]),
+    ("rl.train_from=2", ["rl.train_from = 2 with rl.train_steps = 5", "at most rl.rollout_steps = 6"]),
+    ("bench.hard_relations=[4, 13]", ["bench.hard_relations = [4, 13]", "expected list of int >= 1 and <= 12"]),
+    ("bench.in_domain_relations=[0]", ["expected list of int >= 1 and <= 12"]),
+    (f"data.relations={[1] * 13}", ["data.relations = [1", "13 numbers, expected at most 12"]),
+    (f"rl.relations={[1] * 13}", ["rl.relations = [1", "13 numbers, expected at most 12"]),
     ("bogus", ["expected KEY=VALUE"]),
     ("=3", ["expected KEY=VALUE"]),
     ("rl.top_k=1\nseed=2", ["expected int"]),
@@ -89,6 +94,15 @@ def test_a_bad_override_is_explained(override: str, words: list[str]) -> None:
     message = str(error.value)
     assert all(word in message for word in words), message
     assert override.splitlines()[0].split("=")[0].strip() in message
+
+
+def test_what_cps_cannot_do_is_refused() -> None:
+    load_config("paper", ["rl.kernel=cps"])
+    load_config("paper", ["rl.train_steps=6"])
+    with pytest.raises(ConfigError, match='rl.train_steps = 6 .*rl.kernel = "cps".*below rl.rollout_steps = 6'):
+        load_config("paper", ["rl.kernel=cps", "rl.train_steps=6"])
+    with pytest.raises(ConfigError, match='rl.noise = 1.1 with rl.kernel = "cps": expected at most 1'):
+        load_config("paper", ["rl.kernel=cps", "rl.noise=1.1"])
 
 
 @pytest.mark.parametrize(("text", "words"), [

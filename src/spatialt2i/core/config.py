@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
+MOST_RELATIONS = 12  # of one prompt: what the writers can write
 
 
 def setting(default: Any, help: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None,
@@ -137,9 +138,11 @@ class BenchConfig:
 
     in_domain_prompts: int = setting(200, "held-out prompts with in_domain_relations", ge=2)  # [ours]
     hard_prompts: int = setting(200, "held-out prompts with hard_relations", ge=2)  # [ours]
-    in_domain_relations: tuple[int, ...] = setting((3, 4, 5, 6), "relations of its prompts", ge=1)  # [ours]
-    hard_relations: tuple[int, ...] = setting((7, 8, 9, 10), "relations of its prompts", ge=1)  # [ours]
-    images_per_prompt: int = setting(1, "images per prompt and model, seeds 0, 1, ...", ge=1)  # [ours]
+    in_domain_relations: tuple[int, ...] = setting((3, 4, 5, 6), "relations of its prompts, in turn",  # [ours]
+                                                   ge=1, le=MOST_RELATIONS)
+    hard_relations: tuple[int, ...] = setting((7, 8, 9, 10), "relations of its prompts, in turn",  # [ours]
+                                              ge=1, le=MOST_RELATIONS)
+    images_per_prompt: int = setting(1, "images per prompt and model, each from a seed of its own", ge=1)  # [ours]
     bootstrap: int = setting(10_000, "resamples of the paired bootstrap", ge=100)  # [ours]
 
 
@@ -346,12 +349,22 @@ def _check_together(config: Config, where: str) -> None:
     if rl.train_from + rl.train_steps > rl.rollout_steps:
         raise ConfigError(f"{where}: rl.train_from = {rl.train_from} with rl.train_steps = {rl.train_steps}: expected "
                           f"their sum to be at most rl.rollout_steps = {rl.rollout_steps}")
+    if rl.kernel == "cps" and rl.train_from + rl.train_steps == rl.rollout_steps:
+        raise ConfigError(f"{where}: rl.train_steps = {rl.train_steps} from rl.train_from = {rl.train_from} with "
+                          f"rl.kernel = \"cps\", which draws no noise at the last step: expected their sum to be below "
+                          f"rl.rollout_steps = {rl.rollout_steps}")
+    if rl.kernel == "cps" and rl.noise > 1:
+        raise ConfigError(f"{where}: rl.noise = {rl.noise} with rl.kernel = \"cps\": expected at most 1, where all "
+                          "noise is fresh")
     if data.validation + data.test >= 1:
         raise ConfigError(f"{where}: data.validation = {data.validation} with data.test = {data.test}: expected their "
                           "sum to be below 1, or nothing is left to train on")
     for key, weights in (("data.relations", data.relations), ("rl.relations", rl.relations)):
         if sum(weights) <= 0:
             raise ConfigError(f"{where}: {key} = {_toml(weights)}: expected at least one number above 0")
+        if len(weights) > MOST_RELATIONS:
+            raise ConfigError(f"{where}: {key} = {_toml(weights)}: {len(weights)} numbers, expected at most "
+                              f"{MOST_RELATIONS}, because a prompt has 1 to {MOST_RELATIONS} relations")
 
 
 def _expected(kind: Any, field_: dataclasses.Field) -> str:
