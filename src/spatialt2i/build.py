@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spatialt2i.core.config import Config, load_config, section_hash
-from spatialt2i.core.device import describe_machine, pick_device, set_threads
-from spatialt2i.core.run import RunDir, RunError, atomic_path, measured, read_json, seed_of
-from spatialt2i.core.store import file_hash, read_preferences
+from spatialt2i.core.config import Config, load_config
+from spatialt2i.core.device import describe_machine, measured, pick_device, set_threads
+from spatialt2i.core.run import (
+    RunDir,
+    RunError,
+    atomic_path,
+    file_hash,
+    json_text,
+    lasting,
+    read_json,
+    seed_of,
+    tree_hash,
+)
+from spatialt2i.core.store import read_preferences
 from spatialt2i.core.types import Prompt
 
 if TYPE_CHECKING:
@@ -27,7 +36,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "tiny" / "weights"
 SHIPPED = ("tiny-flux", "tiny-qwen2.5-vl")
-ORDER = ("data", "reward", "rl", "bench")  # each stage reads what the ones before it wrote
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
@@ -41,11 +49,7 @@ def data_build(config: Config, run: RunDir) -> dict[str, Any]:
         return build_dataset(config=config.data, seed=config.seed, folder=run.stage("data"),
                              parts=functools.partial(data_parts, config), exclude=evaluated)
 
-    def whole(figures: dict[str, Any]) -> bool:
-        files = {name: run.path / "data" / "data" / name for name in figures["sha256"]}
-        return all(path.exists() and file_hash(path) == figures["sha256"][name] for name, path in files.items())
-
-    return _stage(run, "data", _key(config, "data"), work, whole)
+    return _stage(run, "data", _key(config, "data"), work, outputs=("data/data", "data/statistics.json"))
 
 
 def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
                      validation_pairs=list(read_preferences(shards(run, "validation"))), config=config.reward,
                      seed=config.seed, run=run)
 
-    return _stage(run, "reward", _key(config, "reward"), work)
+    return _stage(run, "reward", _key(config, "reward"), work, inputs=("data",), outputs=("reward/model",))
 
 
 def reward_eval(config: Config, run: RunDir) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def reward_eval(config: Config, run: RunDir) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         return pairwise_accuracy(scorer=make_scorer(config, run), pairs=read_preferences(shards(run, "test")))
 
-    return _stage(run, "reward_eval", _key(config, "reward"), work)
+    return _stage(run, "reward_eval", "", work, inputs=("data", "reward"))
 
 
 def reward_score(config: Config, run: RunDir | None, *, images: Sequence[Path], prompts: Sequence[str],
@@ -109,9 +113,10 @@ def rl_train(config: Config, run: RunDir) -> dict[str, Any]:
         sets = bench_prompts(config)
         stream = training_prompts(config, avoid={p.text for prompts in sets.values() for p in prompts})
         return train(policy=make_policy(config), scorer=make_scorer(config, run), prompts=stream, config=config.rl,
-                     seed=config.seed, run=run, gallery=sets["in_domain"][: config.rl.gallery_prompts])
+                     seed=config.seed, run=run, gallery=sets["in_domain"][: config.rl.gallery_prompts],
+                     inputs=f"{_made(config.rl.model)} {run.digest('reward')}")
 
-    return _stage(run, "rl", _key(config, "rl"), work)
+    return _stage(run, "rl", _key(config, "rl"), work, inputs=("reward",), outputs=("rl/adapter",))
 
 
 def rl_sample(config: Config, run: RunDir | None, *, prompts: Sequence[str], first_seed: int, count: int, base: bool,
@@ -146,11 +151,11 @@ def bench_indomain(config: Config, run: RunDir) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         return compare(
             generators={"base": lambda: make_policy(config), "tuned": lambda: make_policy(config, adapter=adapter)},
-            identities={"base": config.rl.model, "tuned": _digest(adapter)}, verifier=make_verifier(config),
-            scorer=make_scorer(config, run), prompts=bench_prompts(config), config=config.bench, seed=config.seed,
-            folder=run.stage("eval"))
+            identities={"base": _made(config.rl.model), "tuned": f"{_made(config.rl.model)} {tree_hash(adapter)}"},
+            verifier=make_verifier(config), scorer=make_scorer(config, run), prompts=bench_prompts(config),
+            config=config.bench, seed=config.seed, folder=run.stage("eval"))
 
-    return _stage(run, "bench", _key(config, "bench"), work)
+    return _stage(run, "bench", _key(config, "bench"), work, inputs=("reward", "rl"), outputs=("eval",))
 
 
 def report(config: Config, run: RunDir, *, beside: Sequence[Path] = ()) -> dict[str, Any]:
@@ -311,26 +316,30 @@ def shards(run: RunDir, split: str) -> list[Path]:
     return found
 
 
-def _stage(run: RunDir, name: str, key: str, work: Callable[[], dict[str, Any]],
-           whole: Callable[[dict[str, Any]], bool] = lambda figures: True) -> dict[str, Any]:
-    """Do the work unless the run has it already and ``whole``, and write the manifest with its figures and costs."""
-    if run.done(name, key) and whole(figures := run.manifest(name)["figures"]):
-        return figures
-    with measured() as cost:
+def _stage(run: RunDir, name: str, key: str, work: Callable[[], dict[str, Any]], *, inputs: Sequence[str] = (),
+           outputs: Sequence[str] = ()) -> dict[str, Any]:
+    """Do the work unless the run has it already, whole, and write the manifest with its figures and costs."""
+    if run.done(name, key):
+        return run.manifest(name)["figures"]
+    ledger = run.stage(name) / "cost.json"
+    with measured(ledger) as cost:
         figures = work()
     run.finish(name, key=key, counts=figures.get("counts", {}), seconds=cost.seconds, peak_mb=cost.peak_mb,
-               extra={"figures": figures})
+               inputs=inputs, outputs=outputs, extra={"figures": figures})
+    ledger.unlink()
     return figures
 
 
-def _key(config: Config, last: str) -> str:
-    """Hash of the seed, and of every section and shipped model that has a say in the stages up to ``last``."""
-    names = ORDER[: ORDER.index(last) + 1]
-    how_only = dataclasses.replace(config.data, workers=0)  # the number of processes changes nothing
-    sections = [how_only if name == "data" else getattr(config, name) for name in names]
+def _key(config: Config, name: str) -> str:
+    """Hash of what a stage is told: the seed, its section, and the shipped model that it uses."""
     models = {"reward": config.reward.backbone, "rl": config.rl.model}
-    made = [file_hash(Path(model_folder(models[n]), "manifest.json")) for n in names if models.get(n) in SHIPPED]
-    return f"{seed_of(config.seed, *(section_hash(s) for s in sections), *made):016x}"
+    made = [_made(models[name])] if name in models else []
+    return f"{seed_of(config.seed, json_text(lasting(name, getattr(config, name))), *made):016x}"
+
+
+def _made(model: str) -> str:
+    """What changes when a shipped model is made again; the name of any other model."""
+    return file_hash(Path(model_folder(model), "manifest.json")) if model in SHIPPED else model
 
 
 def _needs(run: RunDir, stage: str, command: str) -> None:
@@ -353,15 +362,6 @@ def _open_image(path: Path) -> Any:
         raise FileNotFoundError(f"{path}: no such image file") from e
     except (OSError, SyntaxError) as e:
         raise OSError(f"{path}: not a picture that can be decoded ({e}); expected PNG, JPEG or WebP") from e
-
-
-def _digest(folder: Path) -> str:
-    """SHA-256 of the files of a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _size_mb(folder: Path) -> float:

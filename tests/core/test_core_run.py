@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from spatialt2i.core import run as run_module
-from spatialt2i.core.config import Config, RLConfig, load_config
+from spatialt2i.core.config import Config, RewardConfig, RLConfig, load_config
+from spatialt2i.core.device import measured
 from spatialt2i.core.run import (
-    DiskFull, RunDir, RunError, atomic_path, disk_errors, is_run, measured, progress, read_json, seed_of, versions,
+    DiskFull, RunDir, RunError, atomic_path, disk_errors, is_run, progress, read_json, seed_of, tree_hash, versions,
     write_atomic, write_json,
 )
 
@@ -50,11 +51,45 @@ def test_a_new_run_stores_its_resolved_config(tmp_path: Path) -> None:
     assert is_run(run.path) and not is_run(tmp_path)
 
 
-def test_resume_accepts_the_same_config_and_names_what_differs(tmp_path: Path) -> None:
-    RunDir.open(tmp_path, Config())
-    RunDir.open(tmp_path, Config())
-    with pytest.raises(RunError, match=r"seed is 0 there and 7 now; rl.top_k is 6 there and 4 now"):
-        RunDir.open(tmp_path, other_config())
+def with_results(path: Path, config: Config, *stages: str) -> RunDir:
+    run = RunDir.open(path, config)
+    for name in stages:
+        (run.stage(name) / "x").write_text("x")
+    return run
+
+
+def test_settings_of_a_stage_with_results_may_not_change(tmp_path: Path) -> None:
+    with_results(tmp_path, Config(), "rl")
+    with pytest.raises(RunError, match=r"rl.top_k is 6 there and 4 now, and rl/ has results.*--if-exists delete"):
+        RunDir.open(tmp_path, dataclasses.replace(Config(), rl=RLConfig(top_k=4)))
+    with pytest.raises(RunError, match="seed is 0 there and 7 now, and rl/ has results"):
+        RunDir.open(tmp_path, dataclasses.replace(Config(), seed=7))
+
+
+def test_settings_of_a_stage_without_results_may_change_and_are_stored(tmp_path: Path) -> None:
+    with_results(tmp_path, Config(), "data", "reward")
+    changed = dataclasses.replace(Config(), rl=RLConfig(top_k=4))
+    RunDir.open(tmp_path, changed)
+    assert load_config(tmp_path / "config.toml") == changed
+
+
+def test_a_stage_made_afresh_may_have_other_settings(tmp_path: Path) -> None:
+    with_results(tmp_path, Config(), "data", "rl")
+    RunDir.open(tmp_path, dataclasses.replace(Config(), rl=RLConfig(top_k=4)), "delete", stages=["rl"])
+    assert (tmp_path / "data" / "x").exists() and not (tmp_path / "rl").exists()
+
+
+def test_a_refused_delete_deletes_nothing(tmp_path: Path) -> None:
+    with_results(tmp_path, Config(), "reward", "rl")
+    with pytest.raises(RunError, match="reward/ has results"):
+        RunDir.open(tmp_path, dataclasses.replace(Config(), reward=RewardConfig(steps=1)), "delete", stages=["rl"])
+    assert (tmp_path / "rl" / "x").exists()
+
+
+def test_more_rl_steps_and_other_batch_sizes_are_no_other_run(tmp_path: Path) -> None:
+    with_results(tmp_path, Config(), "reward", "rl")
+    RunDir.open(tmp_path, dataclasses.replace(Config(), rl=RLConfig(steps=400, sample_batch=1),
+                                              reward=RewardConfig(micro_batch=1)))
 
 
 def test_resume_allows_another_machine(tmp_path: Path) -> None:
@@ -122,6 +157,28 @@ def test_a_stage_is_done_when_its_manifest_has_the_key(tmp_path: Path) -> None:
     manifest = run.manifest("data")
     assert manifest["counts"] == {"pairs": 3} and manifest["note"] is None and manifest["seconds"] == 1.5
     assert manifest["config"]["rl"]["top_k"] == 6 and manifest["versions"].keys() >= {"python", "numpy"}
+
+
+def test_a_stage_whose_outputs_or_inputs_changed_is_not_done(tmp_path: Path) -> None:
+    run = with_results(tmp_path, Config(), "reward", "rl")
+    run.finish("reward", key="k", counts={}, seconds=0, peak_mb=0, outputs=["reward/x"])
+    run.finish("rl", key="k", counts={}, seconds=0, peak_mb=0, inputs=["reward"], outputs=["rl/x"])
+    assert run.done("reward", "k") and run.done("rl", "k")
+    (tmp_path / "rl" / "x").write_text("damaged")
+    assert not run.done("rl", "k") and run.manifest("rl")
+    (tmp_path / "reward" / "x").write_text("another model")
+    assert not run.done("reward", "k")
+    run.finish("reward", key="k", counts={}, seconds=0, peak_mb=0, outputs=["reward/x"])
+    assert run.manifest("rl") is None
+
+
+def test_a_folder_has_the_hash_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x").write_text("x")
+    before = tree_hash(tmp_path / "a")
+    assert tree_hash(tmp_path / "nothing") is None and before == tree_hash(tmp_path / "a")
+    (tmp_path / "a" / "b" / "x").rename(tmp_path / "a" / "x")
+    assert tree_hash(tmp_path / "a") != before
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
@@ -239,16 +296,26 @@ def hold_memory(megabytes: int, seconds: float) -> None:
     assert block[-1] == 1
 
 
-def test_measured_sees_memory_of_children_and_time() -> None:
-    with measured() as quiet:
+def test_measured_sees_memory_of_children_and_time(tmp_path: Path) -> None:
+    with measured(tmp_path / "quiet.json") as quiet:
         pass
-    with measured() as cost:
+    with measured(tmp_path / "cost.json") as cost:
         child = multiprocessing.get_context("spawn").Process(target=hold_memory, args=(200, 1.0))
         child.start()
         child.join()
     assert child.exitcode == 0
     assert cost.peak_mb > quiet.peak_mb + 190
     assert cost.seconds >= 1.0 > quiet.seconds
+
+
+def test_measured_goes_on_from_an_interrupted_block(tmp_path: Path) -> None:
+    ledger = tmp_path / "cost.json"
+    with pytest.raises(KeyboardInterrupt), measured(ledger):
+        raise KeyboardInterrupt
+    write_json(ledger, read_json(ledger) | {"seconds": 100.0, "peak_mb": 1e6})
+    with measured(ledger) as cost:
+        pass
+    assert cost.peak_mb == 1e6 and 100 < cost.seconds < 110
 
 
 def test_versions_name_what_can_change_a_result() -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,12 +134,49 @@ def test_killed_and_started_again_equals_uninterrupted(make_model, backbone, pai
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
-def test_an_update_that_is_not_finite_stops_and_saves(make_model, pairs, tmp_path):
-    model = make_model()
-    model.head.last.weight.data.fill_(float("nan"))
-    with pytest.raises(TrainingDiverged, match="update 0: the loss is nan and the gradient norm nan"):
-        fit(tmp_path / "run", model, pairs)
-    assert (tmp_path / "run" / "reward" / "checkpoints" / "step-00000000" / "trained.safetensors").exists()
+def breaking(monkeypatch, at, what):
+    """Makes the loss of update ``at`` misbehave."""
+    real = training.pair_loss
+
+    def loss(mu, log_sigma, *, step, config, seed):
+        value, metrics = real(mu, log_sigma, step=step, config=config, seed=seed)
+        return (what(value) if step == at else value), metrics
+
+    monkeypatch.setattr(training, "pair_loss", loss)
+
+
+def test_an_update_that_is_not_finite_stops_and_saves(make_model, pairs, tmp_path, monkeypatch):
+    breaking(monkeypatch, 2, lambda loss: loss * float("nan"))
+    with pytest.raises(TrainingDiverged, match="update 2: the loss is nan and the gradient norm nan"):
+        fit(tmp_path / "run", make_model(save_every=100), pairs)
+    assert [p.name for p in (tmp_path / "run" / "reward" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_ctrl_c_loses_no_finished_update(make_model, pairs, tmp_path, monkeypatch):
+    fit(tmp_path / "whole", make_model(), pairs)
+
+    def interrupt(loss):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        breaking(patch, 3, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "run", make_model(save_every=100), pairs)
+    assert (tmp_path / "run" / "reward" / "checkpoints" / "step-00000003").is_dir()
+    fit(tmp_path / "run", make_model(save_every=100), pairs)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(make_model, pairs, tmp_path):
+    fit(tmp_path / "run", make_model(save_every=1), pairs)
+    newest = tmp_path / "run" / "reward" / "checkpoints" / "step-00000004"
+    whole = weights(tmp_path / "run")
+    (newest / "optimizer.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(OSError, match="step-00000004: not a readable checkpoint.*delete that folder"):
+        fit(tmp_path / "run", make_model(save_every=1), pairs)
+    shutil.rmtree(newest)
+    fit(tmp_path / "run", make_model(save_every=1), pairs)
+    assert same(whole, weights(tmp_path / "run"))
 
 
 def test_checkpoint_of_another_training(make_model, pairs, tmp_path):

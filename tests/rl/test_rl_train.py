@@ -14,7 +14,7 @@ from rl_parts import Redness, prompts_of, shake
 from safetensors.torch import load_file
 
 from spatialt2i.core.config import Config
-from spatialt2i.core.run import DiskFull, RunDir
+from spatialt2i.core.run import DiskFull, RunDir, interrupts_held
 from spatialt2i.core.types import Scores
 from spatialt2i.rl import checkpoint, train
 from spatialt2i.rl.credit import RewardError, normalize, select_extremes
@@ -38,11 +38,11 @@ def open_run(path):
     return RunDir.open(path, Config())
 
 
-def go(path, make_policy, config, *, scorer=None, gallery=(), seed=3):
+def go(path, make_policy, config, *, scorer=None, gallery=(), seed=3, inputs="w"):
     """A run, or its continuation, with everything made anew as in a new process."""
     policy = make_policy(**{f: getattr(config, f) for f in ("micro_batch", "sample_batch")})
     result = train.train(policy=policy, scorer=scorer or Redness(), prompts=prompts_of, config=config, seed=seed,
-                         run=open_run(path), gallery=gallery)
+                         run=open_run(path), gallery=gallery, inputs=inputs)
     return policy, result
 
 
@@ -68,7 +68,7 @@ def whole(tmp_path_factory, config, flux_folder):
     path = tmp_path_factory.mktemp("whole")
     policy = FluxPolicy.from_pretrained(config, device=torch.device("cpu"), seed=0)
     result = train.train(policy=policy, scorer=Redness(), prompts=prompts_of, config=config, seed=3,
-                         run=open_run(path), gallery=prompts_of(0, 1))
+                         run=open_run(path), gallery=prompts_of(0, 1), inputs="w")
     return path, policy, result
 
 
@@ -268,7 +268,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path, make_po
 def test_ctrl_c_waits_for_what_belongs_together():
     done = []
     with pytest.raises(KeyboardInterrupt):
-        with checkpoint.interrupts_held():
+        with interrupts_held():
             os.kill(os.getpid(), signal.SIGINT)
             done.append(1)
         done.append(2)
@@ -299,7 +299,7 @@ real = {where}
 {where} = die
 policy = FluxPolicy.from_pretrained(config, device=torch.device("cpu"), seed=0)
 train.train(policy=policy, scorer=Redness(), prompts=prompts_of, config=config, seed=3,
-            run=RunDir.open({path!r}, Config()), gallery=[])
+            run=RunDir.open({path!r}, Config()), gallery=[], inputs="w")
 """
 
 
@@ -366,7 +366,7 @@ def test_the_gate_stops_a_faulty_run_before_it_trains(tmp_path, make_policy, con
     monkeypatch.setattr(policy, "sample", rounded)
     with pytest.raises(GateError, match="bfloat16"):
         train.train(policy=policy, scorer=Redness(), prompts=prompts_of, config=config, seed=3, run=open_run(tmp_path),
-                    gallery=[])
+                    gallery=[], inputs="w")
     assert not (tmp_path / "rl/checkpoints").exists()
 
 
@@ -374,6 +374,8 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path, make_policy, config
     go(tmp_path, make_policy, replace(config, steps=1))
     with pytest.raises(checkpoint.CheckpointError, match="clip = 0.001 there, 0.01 here.*--if-exists delete"):
         go(tmp_path, make_policy, replace(config, clip=0.01))
+    with pytest.raises(checkpoint.CheckpointError, match="inputs = 'w' there, 'other weights' here"):
+        go(tmp_path, make_policy, config, inputs="other weights")
     with pytest.raises(checkpoint.CheckpointError, match="seed = 3 there, 4 here"):
         go(tmp_path, make_policy, config, seed=4)
     (tmp_path / "rl/checkpoints/step_000001.safetensors").write_bytes(b"rubbish")

@@ -9,24 +9,27 @@ import math
 import os
 import platform
 import shutil
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import psutil
 from tqdm import tqdm
 
 from spatialt2i.core.config import Config, describe, load_config, to_dict, to_toml
 
 HEADER = "# spatialt2i run folder: the resolved config\n"  # marks a folder as ours; only such a folder is ever deleted
-FREE = ("device", "threads", "data.workers")  # how the work is done, not what comes out: may change on resume
+# How the work is done, not what comes out of it (rounding aside): may change between two calls on the same run.
+FREE = frozenset({
+    "device", "threads", "data.workers", "reward.micro_batch", "reward.score_batch", "reward.save_every",
+    "rl.micro_batch", "rl.sample_batch", "rl.save_every", "rl.gallery_every", "rl.gallery_prompts"})
+EXTENDS = frozenset({"rl.steps"})  # a finished stage goes on from where it is when one of these changes
 PACKAGES = ("spatialt2i", "torch", "transformers", "diffusers", "peft", "accelerate", "datasets", "safetensors",
             "tensorboard", "scipy", "matplotlib", "numpy", "pillow", "pyarrow")
 
@@ -63,7 +66,8 @@ class RunDir:
 
         Args:
             path: the folder.
-            config: what the run does; a stored config may differ from it only in `FREE` settings.
+            config: what the run does; it replaces the stored one, from which it may differ in `FREE` settings, and in
+                the sections of stages without results.
             if_exists: "resume" continues, "raise" refuses a folder that has results, "delete" starts afresh.
             stages: "raise" and "delete" look at the folders of these stages only; none means the whole run.
 
@@ -81,15 +85,16 @@ class RunDir:
             if found and if_exists == "raise":
                 raise RunError(f"{found[0]}: exists already; name another --run, or continue it with --if-exists "
                                "resume, or start afresh with --if-exists delete")
-            for folder in found if if_exists == "delete" else ():
+            doomed = found if if_exists == "delete" else []
+            if path not in doomed:
+                _check_config(path, config, doomed)
+            for folder in doomed:
                 _remove(folder)
         elif path.is_dir() and any(not p.name.endswith(".tmp") for p in path.iterdir()):
             raise RunError(f"{path}: not empty and not a run folder (no config.toml of a run in it), so it is left "
                            "as it is; name another --run")
-        if is_run(path):
-            _check_same_config(path, config)
-        else:
-            path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        if not is_run(path) or load_config(path / "config.toml") != config:
             write_atomic(path / "config.toml", HEADER + to_toml(config))
         return cls(path, config)
 
@@ -100,31 +105,43 @@ class RunDir:
         return folder
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """What `finish` wrote, or None where the stage is not finished."""
+        """What `finish` wrote, or None where the stage is not finished, or its inputs are other ones by now."""
         path = self.path / stage / "manifest.json"
-        return read_json(path) if path.exists() else None
+        found = read_json(path) if path.exists() else None
+        fresh = found and all(self.digest(name) == seen for name, seen in found["inputs"].items())
+        return found if fresh else None
+
+    def digest(self, stage: str) -> str | None:
+        """A hash of the outputs of a finished stage; None where it is not finished."""
+        manifest = self.manifest(stage)
+        return manifest and hashlib.sha256(json_text(manifest["outputs"]).encode()).hexdigest()
 
     def done(self, stage: str, key: str) -> bool:
-        """Whether the stage is finished, with the same inputs and settings: its manifest has this ``key``."""
+        """Whether the stage is finished, its manifest has this ``key``, and its outputs are whole."""
         manifest = self.manifest(stage)
-        return manifest is not None and manifest["key"] == key
+        return manifest is not None and manifest["key"] == key and all(
+            tree_hash(self.path / name) == seen for name, seen in manifest["outputs"].items())
 
     def finish(self, stage: str, *, key: str, counts: dict[str, int], seconds: float, peak_mb: float,
-               extra: dict[str, Any] | None = None) -> None:
+               inputs: Iterable[str] = (), outputs: Iterable[str] = (), extra: dict[str, Any] | None = None) -> None:
         """Write the stage's manifest, the last thing a stage does.
 
         Args:
             stage: its name.
-            key: hash of its inputs and of its section of the config.
+            key: hash of what it was told: its settings.
             counts: what was made and what was dropped, by kind.
             seconds: wall time. peak_mb: peak memory of the process tree in MB.
+            inputs: the stages whose outputs it read.
+            outputs: files and folders of the run that later stages and people read.
             extra: anything else worth keeping, JSON-able.
         """
         if stage in self._boards:
             self._boards.pop(stage).close()
         write_json(self.stage(stage) / "manifest.json", {
-            "stage": stage, "key": key, "counts": counts, "seconds": round(seconds, 3), "peak_mb": round(peak_mb, 1),
-            **(extra or {}), "versions": versions(), "config": to_dict(self.config)})
+            "stage": stage, "key": key, "inputs": {name: self.digest(name) for name in inputs},
+            "outputs": {name: tree_hash(self.path / name) for name in outputs}, "counts": counts,
+            "seconds": round(seconds, 3), "peak_mb": round(peak_mb, 1), **(extra or {}),
+            "versions": versions(), "config": to_dict(self.config)})
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Append one line to the stage's metrics.jsonl, and to TensorBoard where it is installed.
@@ -170,14 +187,22 @@ def is_run(path: Path) -> bool:
     return config.is_file() and config.read_text(encoding="utf-8", errors="replace").startswith(HEADER)
 
 
-def _check_same_config(path: Path, config: Config) -> None:
+def lasting(name: str, section: Any) -> dict[str, Any]:
+    """The settings of a section that have a say in its results: all but the `FREE` ones."""
+    return {key: value for key, value in to_dict(section).items() if f"{name}.{key}" not in FREE}
+
+
+def _check_config(path: Path, config: Config, doomed: Sequence[Path]) -> None:
+    """Refuse settings that differ from those of results that stay."""
     stored = load_config(path / "config.toml")
-    changed = [f"{old.key} is {old.value} there and {new.value} now"
-               for old, new in zip(describe(stored), describe(config), strict=True)
-               if old != new and old.key not in FREE]
-    if changed:
-        raise RunError(f"{path}: was made with another config: {'; '.join(changed)}. Use the same settings, name "
-                       "another --run, or delete the run")
+    for old, new in zip(describe(stored), describe(config), strict=True):
+        section = old.key.rpartition(".")[0]  # empty for the seed, on which everything depends
+        results = [path / section] if section else [f for f in path.iterdir() if f.is_dir()]
+        kept = [f for f in results if f not in doomed and f.is_dir() and any(f.iterdir())]
+        if old.value != new.value and old.key not in FREE | EXTENDS and kept:
+            raise RunError(f"{path}: was made with another config: {old.key} is {old.value} there and {new.value} now, "
+                           f"and {kept[0].name}/ has results. Use the same settings, name another --run, or make the "
+                           "stage afresh with --if-exists delete")
 
 
 def _remove(folder: Path) -> None:
@@ -276,6 +301,20 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def file_hash(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def tree_hash(path: Path) -> str | None:
+    """The sha256 of a file, or of the names and contents of all files of a folder; None where there is nothing."""
+    if not path.is_dir():
+        return file_hash(path) if path.exists() else None
+    files = {str(f.relative_to(path)): file_hash(f) for f in sorted(path.rglob("*")) if f.is_file()}
+    return hashlib.sha256(json_text(files).encode()).hexdigest()
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
@@ -296,47 +335,21 @@ def progress(work: Iterable[Any] | int, *, desc: str, total: int | None = None, 
                 dynamic_ncols=True)
 
 
-@dataclass
-class Measurement:
-    """Cost of a block of work: wall seconds, and peak resident memory in MB of this process and its children."""
-
-    seconds: float = 0.0
-    peak_mb: float = 0.0
-
-
 @contextmanager
-def measured() -> Iterator[Measurement]:
-    """Measure the time and memory of the block; the result is current four times a second, and final after it."""
-    result, start, stop = Measurement(), time.perf_counter(), threading.Event()
-
-    def look() -> None:
-        result.seconds = time.perf_counter() - start
-        result.peak_mb = max(result.peak_mb, _tree_mb())
-
-    def watch() -> None:
-        while not stop.wait(0.25):
-            look()
-
-    look()
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the block is over, so that things that belong together change together."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield  # only the main thread gets signals, and only if they are not ignored
+        return
+    caught: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
     try:
-        yield result
+        yield
     finally:
-        stop.set()
-        watcher.join()
-        look()
-
-
-def _tree_mb() -> float:
-    me = psutil.Process()
-    total = 0
-    for process in (me, *me.children(recursive=True)):
-        try:
-            total += process.memory_info().rss
-        except psutil.Error:  # it ended meanwhile
-            continue
-    return total / 2**20
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        before(caught[0], None)
 
 
 def versions() -> dict[str, str]:

@@ -104,12 +104,6 @@ def write_table(path: str | Path, table: pa.Table) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def read_preferences(paths: Iterable[str | Path]) -> Iterator[Preference]:
     """The preferences of some shards, in order, each with both images checked to be whole.
 

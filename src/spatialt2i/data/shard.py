@@ -10,8 +10,8 @@ from typing import Any
 
 from spatialt2i.core.config import DataConfig
 from spatialt2i.core.protocols import Generator, Verifier, Writer
-from spatialt2i.core.run import read_json, seed_of, write_json
-from spatialt2i.core.store import file_hash, write_jsonl, write_preferences
+from spatialt2i.core.run import file_hash, read_json, seed_of, write_json
+from spatialt2i.core.store import write_jsonl, write_preferences
 from spatialt2i.core.types import Prompt
 from spatialt2i.data.stages import KEPT, UNPERTURBED, draw_and_judge, outcome, perturb_prompts, write_prompts
 

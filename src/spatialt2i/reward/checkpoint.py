@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from spatialt2i.core.config import RewardConfig
-from spatialt2i.core.run import atomic_path, read_json, write_json
+from spatialt2i.core.run import atomic_path, lasting, read_json, write_json
 from spatialt2i.reward.model import SpatialScoreModel
 from spatialt2i.reward.scorer import load_trained
 
@@ -26,10 +26,9 @@ class CheckpointMismatch(RuntimeError):
 
 
 def identity(config: RewardConfig, seed: int, pair_ids: Sequence[str], fingerprint: str) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be continued: all but the sizes of batches that only save memory."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("micro_batch", "score_batch")}
+    """What must be the same for a checkpoint to be continued."""
     data = hashlib.sha256(json.dumps(list(pair_ids)).encode()).hexdigest()[:16]
-    return {"seed": seed, "data": data, "backbone weights": fingerprint, **settings}
+    return {"seed": seed, "data": data, "backbone weights": fingerprint, **lasting("reward", config)}
 
 
 def save(folder: Path, step: int, *, model: SpatialScoreModel, optimizer: torch.optim.Optimizer,
@@ -69,7 +68,12 @@ def resume(folder: Path, *, model: SpatialScoreModel, optimizer: torch.optim.Opt
     found = _all(folder)
     if not found:
         return 0, {}
-    state = read_json(found[-1] / "state.json")
+    try:
+        state = read_json(found[-1] / "state.json")
+        moments = load_file(found[-1] / "optimizer.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise OSError(f"{found[-1]}: not a readable checkpoint ({error}); delete that folder to go on from the one "
+                      "before, if there is one, or from the start") from error
     stored, wanted = state["identity"], json.loads(json.dumps(identity))
     changed = [f"{key} was {stored.get(key)!r} and is {wanted.get(key)!r}"
                for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
@@ -78,7 +82,7 @@ def resume(folder: Path, *, model: SpatialScoreModel, optimizer: torch.optim.Opt
                                  f"settings, or another run, or delete {folder}")
     load_trained(model, found[-1] / "trained.safetensors")
     parameters = model.trainable()
-    for key, value in load_file(found[-1] / "optimizer.safetensors").items():
+    for key, value in moments.items():
         name, _, moment = key.rpartition("|")
         place = value.device if moment == "step" else parameters[name].device
         optimizer.state[parameters[name]][moment] = value.to(place)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spatialt2i.core.config import RewardConfig
-from spatialt2i.core.run import RunDir, progress, seed_of
+from spatialt2i.core.run import RunDir, interrupts_held, progress, seed_of
 from spatialt2i.core.types import Preference
 from spatialt2i.reward import checkpoint
 from spatialt2i.reward.evaluate import pairwise_accuracy
@@ -63,39 +63,45 @@ def train(*, model: SpatialScoreModel, train_pairs: Sequence[Preference], valida
     start, best = checkpoint.resume(folder, model=model, optimizer=optimizer, identity=identity)
     run.truncate_metrics(STAGE, start)
     held_out = validation_pairs[:config.eval_pairs]
+    saved, done = start, start
     bar = progress(config.steps, desc="reward train", initial=start)
-    for step in range(start, config.steps):
-        set_rates(optimizer, step, config)
-        rows, swapped = batch_of(step, len(train_pairs), config=config, seed=seed)   # [batch] indices, [batch] bool
-        keep = dropout_mask(step, config=config, seed=seed).to(device)               # [2, batch, head_width]
-        total: dict[str, float] = {}
-        for at in range(0, config.batch, config.micro_batch):
-            part = slice(at, at + config.micro_batch)
-            inputs = _inputs(model, train_pairs, texts, rows[part], swapped[part])   # 2b images, chosen ones first
-            mu, log_sigma = model(inputs.to(device), keep[:, part].flatten(0, 1))    # [2b], [2b]
-            loss, metrics = pair_loss(mu, log_sigma, step=step, config=config, seed=seed)
-            share = len(rows[part]) / config.batch
-            (loss * share).backward()
-            for name, value in {"loss": loss.detach(), **metrics}.items():
-                total[name] = total.get(name, 0.0) + share * value.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.trainable().values(), config.max_grad_norm).item()
-        if not (math.isfinite(total["loss"]) and math.isfinite(norm)):
-            checkpoint.save(folder, step, model=model, optimizer=optimizer, identity=identity, best=best)
-            raise TrainingDiverged(f"update {step}: the loss is {total['loss']} and the gradient norm {norm}; the "
-                                   f"weights before this update are in {folder}. Lower reward.lr, lr_head or lr_token, "
-                                   "and delete the stage")
-        optimizer.step()
-        optimizer.zero_grad()
-        row, done = {**total, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}, step + 1
-        if done % config.eval_every == 0 or done == config.steps:
-            found, best = _evaluate(model, held_out, done, best, folder)
-            row |= found
-        run.log(STAGE, step, row)
-        if done % config.save_every == 0 or done == config.steps:
+    try:
+        for step in range(start, config.steps):
+            set_rates(optimizer, step, config)
+            rows, swapped = batch_of(step, len(train_pairs), config=config, seed=seed)  # [batch] indices, [batch] bool
+            keep = dropout_mask(step, config=config, seed=seed).to(device)              # [2, batch, head_width]
+            total: dict[str, float] = {}
+            for at in range(0, config.batch, config.micro_batch):
+                part = slice(at, at + config.micro_batch)
+                inputs = _inputs(model, train_pairs, texts, rows[part], swapped[part])  # 2b images, chosen ones first
+                mu, log_sigma = model(inputs.to(device), keep[:, part].flatten(0, 1))   # [2b], [2b]
+                loss, metrics = pair_loss(mu, log_sigma, step=step, config=config, seed=seed)
+                share = len(rows[part]) / config.batch
+                (loss * share).backward()
+                for name, value in {"loss": loss.detach(), **metrics}.items():
+                    total[name] = total.get(name, 0.0) + share * value.item()
+            norm = torch.nn.utils.clip_grad_norm_(model.trainable().values(), config.max_grad_norm).item()
+            if not (math.isfinite(total["loss"]) and math.isfinite(norm)):
+                raise TrainingDiverged(f"update {step}: the loss is {total['loss']} and the gradient norm {norm}; the "
+                                       f"weights before this update are in {folder}. Lower reward.lr, lr_head or "
+                                       "lr_token, and start the stage afresh with --if-exists delete")
+            with interrupts_held():  # weights, evaluation, metrics and step counter belong together
+                optimizer.step()
+                optimizer.zero_grad()
+                row, done = {**total, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}, step + 1
+                if done % config.eval_every == 0 or done == config.steps:
+                    found, best = _evaluate(model, held_out, done, best, folder)
+                    row |= found
+                run.log(STAGE, step, row)
+            if done % config.save_every == 0 or done == config.steps:
+                checkpoint.save(folder, done, model=model, optimizer=optimizer, identity=identity, best=best)
+                saved = done
+            bar.set_postfix(loss=f"{total['loss']:.3f}", accuracy=f"{total['accuracy']:.2f}", refresh=False)
+            bar.update()
+    finally:
+        bar.close()
+        if done > saved:
             checkpoint.save(folder, done, model=model, optimizer=optimizer, identity=identity, best=best)
-        bar.set_postfix(loss=f"{total['loss']:.3f}", accuracy=f"{total['accuracy']:.2f}", refresh=False)
-        bar.update()
-    bar.close()
     return _finish(model, train_pairs, validation_pairs, best, folder, config)
 
 

@@ -5,12 +5,7 @@ There is no generator state: every random draw has a seed that is named after it
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +17,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from spatialt2i.core.config import RLConfig
-from spatialt2i.core.run import atomic_path
+from spatialt2i.core.run import EXTENDS, atomic_path, interrupts_held, lasting
 
 KEPT = 2  # checkpoints; the older one is there in case the disk damages the newer
-# Settings that may differ when a run goes on: they change how it is cut up or watched, not what it computes.
-MAY_DIFFER = {"steps", "save_every", "gallery_every", "gallery_prompts"}
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state per parameter
 
 
@@ -51,7 +44,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be continued from."""
 
 
-def save_checkpoint(folder: Path, state: TrainState, *, config: RLConfig, seed: int) -> None:
+def save_checkpoint(folder: Path, state: TrainState, *, config: RLConfig, seed: int, inputs: str) -> None:
     """Write ``step_000123.safetensors`` atomically and delete all but the newest `KEPT`.
 
     Raises:
@@ -63,12 +56,12 @@ def save_checkpoint(folder: Path, state: TrainState, *, config: RLConfig, seed: 
         tensors |= {f"{key}/{name}": value for key, value in state.optimizer.state.get(p, {}).items()}
     with interrupts_held(), atomic_path(folder / f"step_{state.step:06d}.safetensors") as part:
         save_file({key: value.contiguous() for key, value in tensors.items()}, part,
-                  metadata={"step": str(state.step), "settings": json.dumps(_settings(config, seed))})
+                  metadata={"step": str(state.step), "settings": json.dumps(_settings(config, seed, inputs))})
     for old in _newest_first(folder)[KEPT:]:
         old.unlink()
 
 
-def load_checkpoint(folder: Path, state: TrainState, *, config: RLConfig, seed: int) -> bool:
+def load_checkpoint(folder: Path, state: TrainState, *, config: RLConfig, seed: int, inputs: str) -> bool:
     """Put the newest checkpoint of ``folder`` into ``state``; False where there is none.
 
     Raises:
@@ -81,7 +74,7 @@ def load_checkpoint(folder: Path, state: TrainState, *, config: RLConfig, seed: 
     try:
         with safe_open(path, "pt") as file:
             meta = file.metadata()
-            _check_settings(path, json.loads(meta["settings"]), _settings(config, seed))
+            _check_settings(path, json.loads(meta["settings"]), _settings(config, seed, inputs))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is not a readable checkpoint ({error}); delete it to go on from the one before, "
@@ -99,28 +92,10 @@ def load_checkpoint(folder: Path, state: TrainState, *, config: RLConfig, seed: 
     return True
 
 
-@contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the block is over, so that things that belong together change together."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield  # only the main thread gets signals, and only if they are not ignored
-        return
-    caught: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        before(caught[0], None)
-
-
-def _settings(config: RLConfig, seed: int) -> dict[str, Any]:
+def _settings(config: RLConfig, seed: int, inputs: str) -> dict[str, Any]:
     """What must be equal for two runs to be the same run, JSON-able."""
-    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_DIFFER}
-    kept["model"] = Path(config.model).name  # the folder may move
-    return json.loads(json.dumps(kept | {"seed": seed}))
+    kept = {k: v for k, v in lasting("rl", config).items() if f"rl.{k}" not in EXTENDS}
+    return kept | {"model": Path(config.model).name, "seed": seed, "inputs": inputs}  # the model's folder may move
 
 
 def _check_settings(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -128,7 +103,7 @@ def _check_settings(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -
                  for key in sorted(saved | wanted) if saved.get(key) != wanted.get(key)]
     if differing:
         raise CheckpointError(f"{path} was made with another config: {'; '.join(differing)}. Use the same settings to "
-                              "go on, another run folder to start anew, or --if-exists delete")
+                              "go on, another run folder to start anew, or --if-exists delete to start the stage anew")
 
 
 def _check_shapes(path: Path, tensors: dict[str, Tensor], state: TrainState) -> None:

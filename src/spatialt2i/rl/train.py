@@ -17,9 +17,9 @@ from torch import Tensor
 
 from spatialt2i.core.config import RLConfig
 from spatialt2i.core.protocols import Policy, Scorer
-from spatialt2i.core.run import RunDir, progress, seed_of, write_atomic, write_json
+from spatialt2i.core.run import RunDir, interrupts_held, progress, seed_of, write_atomic, write_json
 from spatialt2i.core.types import Prompt, Rollout
-from spatialt2i.rl.checkpoint import TrainState, interrupts_held, load_checkpoint, save_checkpoint
+from spatialt2i.rl.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from spatialt2i.rl.credit import RewardError, normalize, select_extremes
 from spatialt2i.rl.gate import check_replay
 from spatialt2i.rl.losses import kl_loss, policy_loss
@@ -35,7 +35,7 @@ class TrainingError(RuntimeError):
 
 
 def train(*, policy: Policy, scorer: Scorer, prompts: Callable[[int], list[Prompt]], config: RLConfig, seed: int,
-          run: RunDir, gallery: Sequence[Prompt]) -> dict[str, float | int | str | None]:
+          run: RunDir, gallery: Sequence[Prompt], inputs: str) -> dict[str, float | int | str | None]:
     """Train the policy's adapter on the scorer's rewards; goes on from the run's newest checkpoint.
 
     Ctrl-C, an error or the end leave a checkpoint; after kill -9 the steps since the last one are done again. Either
@@ -49,6 +49,7 @@ def train(*, policy: Policy, scorer: Scorer, prompts: Callable[[int], list[Promp
         seed: the run's.
         run: under ``rl/`` it gets metrics.jsonl, checkpoints/, gallery/step_0000/*.png and adapter/.
         gallery: prompts of the pictures drawn every ``config.gallery_every`` steps.
+        inputs: names the weights of the model and of the scorer; a checkpoint of other ones is refused.
 
     Returns:
         ``steps``; ``adapter``, its folder in the run; the last step's ``reward_mean``; and ``gate_log_ratio``, where
@@ -63,7 +64,7 @@ def train(*, policy: Policy, scorer: Scorer, prompts: Callable[[int], list[Promp
     """
     folder = run.stage(STAGE)
     state = fresh_state(policy, config)
-    load_checkpoint(folder / "checkpoints", state, config=config, seed=seed)
+    load_checkpoint(folder / "checkpoints", state, config=config, seed=seed, inputs=inputs)
     start = saved = state.step
     run.truncate_metrics(STAGE, start)
     gate: dict[str, float] = {}
@@ -96,12 +97,12 @@ def train(*, policy: Policy, scorer: Scorer, prompts: Callable[[int], list[Promp
             bar.set_postfix(reward=f"{metrics['reward_mean']:.3f}", refresh=False)
             bar.update()
             if state.step % config.save_every == 0:
-                save_checkpoint(folder / "checkpoints", state, config=config, seed=seed)
+                save_checkpoint(folder / "checkpoints", state, config=config, seed=seed, inputs=inputs)
                 saved = state.step
     finally:
         bar.close()
         if state.step > saved:
-            save_checkpoint(folder / "checkpoints", state, config=config, seed=seed)
+            save_checkpoint(folder / "checkpoints", state, config=config, seed=seed, inputs=inputs)
     use_average(state)
     draw_gallery(policy, state, gallery, seed=seed, folder=folder / "gallery" / f"step_{state.step:04d}")
     policy.save(folder / "adapter")
