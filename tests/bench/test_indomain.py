@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from spatialt2i.bench.indomain import compare, judge
+from spatialt2i.bench.indomain import VERSION, compare, measure, shares
 from spatialt2i.bench.stats import mean_interval, paired_gain
 from spatialt2i.core.config import BenchConfig
-from spatialt2i.core.types import Prompt, Relation, Scores, Verdict
+from spatialt2i.core.types import Benchmark, Prompt, Relation, Scores, Verdict
 
 CONFIG = BenchConfig(bootstrap=200)
 PROMPTS = [Prompt(f"p{i}", f"prompt {i}", "", (Relation("left of", "a", ("b",)), Relation("above", "b", ("a",))))
@@ -52,24 +53,65 @@ class Level:
         return Scores(np.array([float(i.getpixel((0, 0))[0]) for i in images]))
 
 
-def run_compare(folder, painter=None, identity="a"):
+def run_compare(folder, painter=None, identity="a", *, make=None, scorer=None, config=CONFIG):
     painter = painter or Painter()
-    figures = compare(generators={"base": lambda: painter, "tuned": lambda: painter},
-                      identities={"base": "base", "tuned": identity}, verifier=Judge(), scorer=Level(),
-                      prompts={"in_domain": PROMPTS}, config=CONFIG, seed=0, folder=folder)
+    make = make or (lambda: painter)
+    figures = compare(generators={"base": make, "tuned": make}, identities={"base": "base", "tuned": identity},
+                      verifier=Judge(), scorer=scorer or Level(), prompts={"in_domain": PROMPTS}, config=config, seed=0,
+                      folder=folder)
     return figures, painter
 
 
-def test_judge_counts_by_hand():
+def benchmark(prompts):
+    return Benchmark("in_domain", VERSION, tuple(prompts), Judge(), shares)
+
+
+def test_figures_are_counted_by_hand():
     verdicts = [verdict(True, True), verdict(True, False), verdict(False, False), verdict(True, True, clean=False),
                 verdict(None, True), verdict(True, True)]
-    figures, right = judge(PROMPTS, verdicts, config=CONFIG, seed=0)
+    figures, right = measure(benchmark(PROMPTS), verdicts, config=CONFIG, seed=0)
     assert figures["all"] | {"lo": 0, "hi": 0} == {"value": 2 / 5, "lo": 0, "hi": 0, "n": 5}
     assert figures["coverage"] == 5 / 6
     assert figures["relations"]["value"] == pytest.approx((1 + 0.5 + 0 + 1 + 1 + 1) / 6)
     assert figures["clean"]["value"] == pytest.approx(5 / 6)
     assert figures["predicates"]["left of"]["value"] == pytest.approx(4 / 5)
     assert np.isnan(right[4]) and right[3] == 0
+
+
+def test_prompts_are_the_units_whatever_they_have_of_a_predicate_and_of_pictures():
+    """A prompt with three of a predicate, and two pictures of it, counts as much as one with a single one."""
+    left = Relation("left of", "a", ("b",))
+    prompts = [Prompt("p0", "many", "", (left, left, left)), Prompt("p1", "one", "", (left,))]
+    verdicts = [Verdict(None, relations, (True,), True, "test")
+                for relations in ((True, True, True), (True, True, False), (False,), (None,))]
+    figures, right = measure(benchmark(prompts), verdicts, config=CONFIG, seed=0)
+    assert figures["predicates"]["left of"]["value"] == pytest.approx((5 / 6 + 0) / 2)
+    assert figures["predicates"]["left of"]["n"] == figures["relations"]["n"] == figures["all"]["n"] == 2
+    assert right == [0.5, 0.0] and figures["coverage"] == 0.75
+
+
+def test_the_reward_is_a_mean_over_prompts(tmp_path):
+    class ByIndex:
+        name = "by index"
+
+        def score(self, *, images, prompts):
+            return Scores(np.arange(len(images), dtype=float))
+
+    figures, _ = run_compare(tmp_path, scorer=ByIndex(), config=BenchConfig(bootstrap=200, images_per_prompt=3))
+    assert figures["spatialscore"]["base"]["n"] == len(PROMPTS)
+    assert figures["spatialscore"]["base"]["value"] == pytest.approx(8.5)
+    assert figures["in_domain"]["judge"] == "judge" and figures["in_domain"]["version"] == VERSION
+
+
+def test_two_generators_are_never_in_memory_together(tmp_path):
+    alive = weakref.WeakSet()
+
+    def make():
+        assert not alive, "the generator before is still there"
+        alive.add(painter := Painter())
+        return painter
+
+    run_compare(tmp_path, make=make)
 
 
 def test_pictures_stay_and_are_used_again(tmp_path):

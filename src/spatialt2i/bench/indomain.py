@@ -23,8 +23,10 @@ from spatialt2i.core.config import BenchConfig
 from spatialt2i.core.protocols import Generator, Scorer, Verifier
 from spatialt2i.core.run import atomic_path, progress, read_json, seed_of, write_json
 from spatialt2i.core.store import write_jsonl
-from spatialt2i.core.types import Prompt, Verdict
+from spatialt2i.core.types import Benchmark, Prompt, Verdict
 
+VERSION = "1"  # of how prompts are drawn and verdicts become shares
+MEASURES = ("relations", "all", "presence", "clean")
 CHUNK = 50  # pictures drawn between two writes; what an interruption may lose
 
 
@@ -44,15 +46,19 @@ def compare(*, generators: Mapping[str, Callable[[], Generator]], identities: Ma
         folder: where the pictures go.
 
     Returns:
-        Per set: ``base`` and ``tuned`` with ``relations`` (share of true ones), ``all`` (every relation true and the
-        picture clean), ``presence``, ``clean`` and ``coverage``; ``gain_all``, paired by prompt; ``predicates``, the
-        share of true relations by predicate and generator. Beside the sets: ``spatialscore``, the mean score of each.
+        Per set: ``version`` and ``judge``; ``base`` and ``tuned`` with ``relations`` (share of true ones), ``all``
+        (every relation true and the picture clean), ``presence``, ``clean`` and ``coverage`` (pictures that could be
+        judged); ``gain_all``, paired by prompt; ``predicates``, the share of true relations by predicate and generator.
+        Beside the sets: ``spatialscore``, the mean score of each. Every figure is a mean over prompts, and its ``n``
+        their number.
     """
-    figures: dict[str, Any] = {name: {} for name in prompts}
-    owners = {name: [p for p in members for _ in range(config.images_per_prompt)] for name, members in prompts.items()}
-    seeds = {name: [seed_of(seed, "eval", p.id, i % config.images_per_prompt) for i, p in enumerate(members)]
+    every = config.images_per_prompt
+    sets = {name: Benchmark(name, VERSION, tuple(members), verifier, shares) for name, members in prompts.items()}
+    figures: dict[str, Any] = {name: {"version": b.version, "judge": b.judge.name} for name, b in sets.items()}
+    owners = {name: [p for p in bench.prompts for _ in range(every)] for name, bench in sets.items()}
+    seeds = {name: [seed_of(seed, "eval", p.id, i % every) for i, p in enumerate(members)]
              for name, members in owners.items()}
-    for name in prompts:
+    for name in sets:
         write_jsonl(folder / f"{name}.jsonl", [
             {"index": i, "prompt": p.text, "relations": [r.to_json() for r in p.relations], "id": p.id, "seed": s}
             for i, (p, s) in enumerate(zip(owners[name], seeds[name], strict=True))])
@@ -60,14 +66,16 @@ def compare(*, generators: Mapping[str, Callable[[], Generator]], identities: Ma
     scores: dict[str, list[float]] = defaultdict(list)
     for who, make in generators.items():
         generator = make()
-        for name in prompts:
+        for name, bench in sets.items():
             images = draw(generator, owners[name], seeds[name], folder=folder / who / name, identity=identities[who],
                           label=f"drawing {who}, {name}")
-            verdicts = verifier.verify(images=images, prompts=owners[name])
+            verdicts = bench.judge.verify(images=images, prompts=owners[name])
             write_jsonl(folder / who / f"{name}_verdicts.jsonl", [v.to_json() for v in verdicts])
-            figures[name][who], right[name, who] = judge(owners[name], verdicts, config=config, seed=seed)
-            scores[who] += scorer.score(images=images, prompts=owners[name]).mean.tolist()
-    for name in prompts:
+            figures[name][who], right[name, who] = measure(bench, verdicts, config=config, seed=seed)
+            means = scorer.score(images=images, prompts=owners[name]).mean.tolist()
+            scores[who] += [_mean(means[i:i + every]) for i in range(0, len(means), every)]
+        del generator  # before the next one is made: two may not fit into memory
+    for name in sets:
         figures[name]["gain_all"] = paired_gain(right[name, "base"], right[name, "tuned"], resamples=config.bootstrap,
                                                 seed=seed_of(seed, "bootstrap", name, "gain"))
         tables = {who: figures[name][who].pop("predicates") for who in generators}
@@ -108,31 +116,50 @@ def draw(generator: Generator, prompts: Sequence[Prompt], seeds: Sequence[int], 
     return images
 
 
-def judge(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], *, config: BenchConfig,
-          seed: int) -> tuple[dict[str, Any], list[float]]:
-    """Figures of one generator on one set, and its share of right pictures per prompt (NaN where not judged)."""
-    every = config.images_per_prompt
-    rows: dict[str, list[float]] = {"relations": [], "all": [], "presence": [], "clean": []}
+def measure(bench: Benchmark, verdicts: Sequence[Verdict], *, config: BenchConfig,
+            seed: int) -> tuple[dict[str, Any], list[float]]:
+    """Figures of one generator on one set, and its share of right pictures per prompt (NaN where not judged).
+
+    Args:
+        bench: the set.
+        verdicts: on the pictures, those of the first prompt first.
+        config: resamples of the bootstrap.
+        seed: of the bootstrap.
+    """
+    every = len(verdicts) // len(bench.prompts)
+    pictures = [verdicts[i:i + every] for i in range(0, len(verdicts), every)]
+    rows = [bench.aggregation(prompt, group) for prompt, group in zip(bench.prompts, pictures, strict=True)]
     predicates: dict[str, list[float]] = defaultdict(list)
-    for prompt, verdict in zip(prompts, verdicts, strict=True):
-        rows["relations"].append(_mean(verdict.relations))
-        rows["presence"].append(_mean(verdict.present))
-        rows["clean"].append(_mean([verdict.clean]))
-        parts = (*verdict.relations, verdict.clean)
-        rows["all"].append(np.nan if None in parts else float(all(parts)))
-        for relation, holds in zip(prompt.relations, verdict.relations, strict=True):
-            predicates[relation.predicate].append(_mean([holds]))
-    grouped = {name: [_mean(values[i:i + every]) for i in range(0, len(values), every)]
-               for name, values in rows.items()}
+    for prompt, group in zip(bench.prompts, pictures, strict=True):
+        for name, share in by_predicate(prompt, group).items():
+            predicates[name].append(share)
 
     def figure(name: str, values: Sequence[float]) -> Figure:
         return mean_interval(values, resamples=config.bootstrap, seed=seed_of(seed, "bootstrap", name))
 
     return {
-        **{name: figure(name, values) for name, values in grouped.items()},
-        "coverage": float(np.mean(~np.isnan(rows["all"]))),
+        **{name: figure(name, [row[name] for row in rows]) for name in MEASURES},
+        "coverage": float(np.mean([row["coverage"] for row in rows])),
         "predicates": {name: figure(name, values) for name, values in sorted(predicates.items())},
-    }, grouped["all"]
+    }, [row["all"] for row in rows]
+
+
+def shares(prompt: Prompt, verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """What the pictures of a prompt have right on average, by measure, and ``coverage``, the share that was judged."""
+    parts = [(*v.relations, v.clean) for v in verdicts]
+    right = [None if None in part else all(part) for part in parts]
+    return {"relations": _mean([_mean(v.relations) for v in verdicts]), "all": _mean(right),
+            "presence": _mean([_mean(v.present) for v in verdicts]), "clean": _mean([v.clean for v in verdicts]),
+            "coverage": _mean([r is not None for r in right])}
+
+
+def by_predicate(prompt: Prompt, verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """The share of true relations of a prompt's pictures, by predicate; NaN where none was judged."""
+    held: dict[str, list[bool | None]] = defaultdict(list)
+    for verdict in verdicts:
+        for relation, holds in zip(prompt.relations, verdict.relations, strict=True):
+            held[relation.predicate].append(holds)
+    return {name: _mean(values) for name, values in held.items()}
 
 
 def _mean(values: Sequence[float | bool | None]) -> float:

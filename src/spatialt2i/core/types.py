@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from PIL.Image import Image
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from spatialt2i.core.protocols import Verifier
 
 # "left" or "right" with what may be glued to it (leftmost, rightward); "bright" and "leftover" are not meant
 _SIDE = re.compile(r"\b(left|right)(most|wards?|hand)?\b", re.IGNORECASE)
@@ -264,6 +267,26 @@ class Scores:
     std: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """What is drawn, who judges it, and what becomes of the verdicts.
+
+    Attributes:
+        name: for example ``"in_domain"``.
+        version: figures can be compared where name, version and judge are the same.
+        prompts: each is drawn equally often.
+        judge: gives every picture a verdict.
+        aggregation: a prompt and the verdicts on its pictures -> measure -> its share, NaN where nothing was judged.
+            Prompts are what was sampled, so intervals are over prompts.
+    """
+
+    name: str
+    version: str
+    prompts: tuple[Prompt, ...]
+    judge: Verifier
+    aggregation: Callable[[Prompt, Sequence[Verdict]], dict[str, float]]
+
+
 @dataclass
 class Rollout:
     """Trajectories of P prompts x G images through T denoising steps.
@@ -274,7 +297,6 @@ class Rollout:
         latents: float32 [P, G, T+1, S, C], noise first, picture last.
         log_probs: float32 [P, G, T], mean over latent elements, NaN at steps without noise.
         sigmas: float32 [T+1], the schedule, 1 = noise.
-        valid: bool [P, G], or None for "all": False marks the padding of a ragged selection.
     """
 
     prompts: list[Prompt]
@@ -282,7 +304,6 @@ class Rollout:
     latents: Tensor
     log_probs: Tensor
     sigmas: Tensor
-    valid: Tensor | None = None
 
     def take(self, index: Tensor) -> Rollout:
         """Keep some images of each group.
@@ -291,10 +312,9 @@ class Rollout:
             index: int64 [P, K], positions in the group; -1 pads a group that keeps fewer than K.
 
         Returns:
-            A rollout whose G is K; its ``valid`` is False where the index was -1.
+            A rollout whose G is K; where the index was -1 it has some image of the group, which nobody may look at.
         """
         safe = index.clamp(min=0)
         row = (safe * 0 + 1).cumsum(0) - 1  # [P, K], the prompt of each entry, without importing torch here
         images = [[self.images[p][g] for g in chosen] for p, chosen in enumerate(safe.tolist())]
-        return Rollout(self.prompts, images, self.latents[row, safe], self.log_probs[row, safe], self.sigmas,
-                       index >= 0)
+        return Rollout(self.prompts, images, self.latents[row, safe], self.log_probs[row, safe], self.sigmas)
