@@ -74,12 +74,20 @@ def test_the_figures_have_the_agreed_keys(run: RunDir) -> None:
     assert found["reward"].keys() == {"accuracy"}
     assert found["reward"]["accuracy"].keys() == {"one", "two_three", "overall"}
     assert found["rl"].keys() == {"in_domain", "hard", "spatialscore"}
-    assert found["rl"]["spatialscore"].keys() == {"base", "tuned"}
+    scores = found["rl"]["spatialscore"]
+    assert scores.keys() == {"base", "tuned", "intervals"} and (scores["base"], scores["tuned"]) == (0.1, 0.6)
+    assert {model: scores["intervals"][model]["value"] for model in ("base", "tuned")} == {"base": 0.1, "tuned": 0.6}
     for name in ("in_domain", "hard"):
-        assert found["rl"][name].keys() == {"base", "tuned", "gain_all"}
+        compared = found["rl"][name]
+        assert compared.keys() == {"base", "tuned", "intervals", "gain_all", "judge", "version"}
+        assert compared["gain_all"].keys() == {"value", "lo", "hi", "n"}
+        assert compared["base"] == {"relations": 0.5, "all": 0.3, "presence": 0.9, "clean": None, "coverage": 0.5}
+        assert compared["tuned"] == compared["base"] | {"all": 0.6}
         for model in ("base", "tuned"):
-            assert found["rl"][name][model].keys() == {"relations", "all", "presence", "clean"}
-            assert all(figure.keys() == {"value", "lo", "hi", "n"} for figure in found["rl"][name][model].values())
+            intervals = compared["intervals"][model]
+            assert intervals.keys() == {"relations", "all", "presence", "clean"}
+            assert all(figure.keys() == {"value", "lo", "hi", "n"} for figure in intervals.values())
+            assert {m: figure["value"] for m, figure in intervals.items()} | {"coverage": 0.5} == compared[model]
     assert found["cost"] == {stage: {"seconds": 12.5 * i, "peak_mb": 500.0} for i, stage in enumerate(STAGES, 1)}
     assert found["tables"].keys() == {"reward", "rl"} and found["tables"]["reward"].keys() == {"predicates", "edits"}
     assert found["tables"]["rl"]["hard"]["left of"]["tuned"]["value"] == 0.7
@@ -90,7 +98,7 @@ def test_what_was_not_judged_is_never_zero(run: RunDir, html: str) -> None:
     found = json.loads((run.path / "report.json").read_text())
     unknown = {"value": None, "lo": None, "hi": None, "n": 0}
     assert found["reward"]["accuracy"]["two_three"] == unknown
-    assert found["rl"]["hard"]["base"]["clean"] == unknown
+    assert found["rl"]["hard"]["base"]["clean"] is None and found["rl"]["hard"]["intervals"]["base"]["clean"] == unknown
     assert found["tables"]["reward"]["edits"]["swap"] == unknown
     assert "two or three –" in Page(html).text
     assert figures.percent(None) == figures.points(None) == figures.number(None) == "–"
@@ -173,7 +181,8 @@ def test_the_page_shows_every_part(html: str) -> None:
     for part in ("Pairs ranked right", "Reward", "KL to the base model", "Clip share", "Loss", "Relations per prompt",
                  "What became of the pairs", "Mean 18.3.", "red circle left of blue square", "misplaced by 3.0 pixels",
                  "flip: red circle left of blue square → red circle right of blue square", "data build", "[reward]",
-                 "spatialt2i all --preset config.toml", "prompts that became worse"):
+                 "spatialt2i all --preset config.toml", "prompts that became worse",
+                 "Judged by oracle-7", "pictures that could be judged", "60.0% [50.0 to 70.0]"):
         assert part in text, part
     assert "<mark>left</mark>" in html and "<mark>right</mark>" in html
     assert 'aria-label="not judged"' in html and 'class="small"' in html

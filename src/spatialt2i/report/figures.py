@@ -21,11 +21,15 @@ def collect(run: RunDir) -> dict[str, Any]:
 
     Returns:
         ``reward.accuracy.{one,two_three,overall}``;
-        ``rl.{in_domain,hard}.{base,tuned}.{relations,all,presence,clean}``, ``rl.{in_domain,hard}.gain_all`` and
-        ``rl.spatialscore.{base,tuned}``; ``cost.{stage}.{seconds,peak_mb}``; ``versions``; ``seed``; and ``tables``:
-        ``reward.{predicates,edits}`` and ``rl.{in_domain,hard}`` (predicate -> base and tuned). A figure with an
-        interval is ``{value, lo, hi, n}``, all but ``n`` None where nothing was
-        judged.
+        ``rl.{in_domain,hard}.{base,tuned}.{relations,all,presence,clean,coverage}``, where ``coverage`` is the share of
+        pictures that could be judged; ``rl.{in_domain,hard}.{gain_all,judge,version}``; ``rl.spatialscore.{base,tuned}``;
+        ``cost.{stage}.{seconds,peak_mb}``; ``versions``; ``seed``; and ``tables``: ``reward.{predicates,edits}`` and
+        ``rl.{in_domain,hard}`` (predicate -> base and tuned).
+
+        Accuracies, ``gain_all`` and the tables' figures are ``{value, lo, hi, n}``, all but ``n`` None where nothing
+        was judged. Those of a model are numbers, and the same ``{value, lo, hi, n}`` is at
+        ``rl.{in_domain,hard}.intervals.{base,tuned}.{relations,all,presence,clean}`` and
+        ``rl.spatialscore.intervals.{base,tuned}``.
     """
     found: dict[str, Any] = {"seed": run.config.seed, "cost": {}, "tables": {}}
     manifests = {stage: run.manifest(stage) for stage in COMMANDS}
@@ -38,12 +42,20 @@ def collect(run: RunDir) -> dict[str, Any]:
         found["tables"]["reward"] = {name: accuracy[name] for name in ("predicates", "edits")}
     if manifests["bench"] is not None:
         bench = manifests["bench"]["figures"]
-        found["rl"] = {name: {model: {m: bench[name][model][m] for m in MEASURES} for model in MODELS}
-                       | {"gain_all": bench[name]["gain_all"]} for name in SETS}
-        found["rl"]["spatialscore"] = {model: bench["spatialscore"][model] for model in MODELS}
+        found["rl"] = {name: _compared(bench[name]) for name in SETS}
+        scores = bench["spatialscore"]
+        found["rl"]["spatialscore"] = {model: scores[model]["value"] for model in MODELS} | {"intervals": scores}
         found["tables"]["rl"] = {name: bench[name]["predicates"] for name in SETS}
     found["versions"] = _versions([m for m in manifests.values() if m is not None])
     return found
+
+
+def _compared(found: dict[str, Any]) -> dict[str, Any]:
+    """What the benchmark found on one set, as `collect` has it."""
+    whole = {model: {name: found[model][name] for name in MEASURES} for model in MODELS}
+    values = {model: {name: figure["value"] for name, figure in figures.items()}
+              | {"coverage": found[model]["coverage"]} for model, figures in whole.items()}
+    return values | {"intervals": whole} | {name: found[name] for name in ("gain_all", "judge", "version")}
 
 
 def _versions(manifests: list[dict[str, Any]]) -> dict[str, str]:
@@ -114,12 +126,12 @@ def _card_rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for name, label in SETS.items():
             found = figures["rl"][name]
             for measure, text in MEASURES.items():
-                base, tuned = (found[model][measure]["value"] for model in MODELS)
+                base, tuned = (found[model][measure] for model in MODELS)
                 gain = found["gain_all"]
                 extra = (f", gain {points(gain['value'])} points ({between(gain, signed=True)}), {gain['n']} prompts"
                          if measure == "all" else "")
                 yield f"{label}, {text}", f"{percent(base)} -> {percent(tuned)}{extra}"
-        base, tuned = (number(value_of(figures["rl"]["spatialscore"][model])) for model in MODELS)
+        base, tuned = (number(figures["rl"]["spatialscore"][model]) for model in MODELS)
         yield "Reward of the pictures", f"{base} -> {tuned}"
     else:
         yield "Base against tuned", "not measured: spatialt2i bench indomain"
@@ -132,8 +144,3 @@ def total_cost(figures: dict[str, Any]) -> tuple[float, float]:
     """Seconds of all finished stages together, and the largest of their peaks in MB."""
     cost = figures["cost"].values()
     return sum(c["seconds"] for c in cost), max(c["peak_mb"] for c in cost)
-
-
-def value_of(figure: Any) -> float | None:
-    """A figure's value, whether it comes with an interval or not."""
-    return figure["value"] if isinstance(figure, dict) else figure

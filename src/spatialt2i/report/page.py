@@ -62,14 +62,13 @@ def environment() -> Environment:
     made = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
                        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters |= {"percent": f.percent, "points": f.points, "between": f.between, "number": f.number,
-                     "duration": f.duration, "score": lambda figure: f.number(f.value_of(figure)),
-                     "gain_between": lambda figure: f.between(figure, signed=True)}
+                     "duration": f.duration, "gain_between": lambda figure: f.between(figure, signed=True)}
     return made
 
 
-def _change(base: dict[str, Any], tuned: dict[str, Any]) -> float | None:
+def _change(base: float | None, tuned: float | None) -> float | None:
     """Tuned minus base, or None where one of them is not known."""
-    return None if None in (base["value"], tuned["value"]) else tuned["value"] - base["value"]
+    return None if None in (base, tuned) else tuned - base
 
 
 def _rl_tables(figures: dict[str, Any]) -> list[dict[str, Any]]:

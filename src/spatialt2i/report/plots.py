@@ -55,13 +55,13 @@ class Interval:
 
 
 @matplotlib.rc_context(_STYLE)
-def lines(name: str, curves: Sequence[Line], *, alt: str, x_label: str, y_label: str = "",
+def lines(name: str, curves: Sequence[Line], *, alt: str, x_label: str,
           percent: bool = False, from_zero: bool = False) -> Markup:
     """Curves over steps as SVG; see `_svg` for ``name`` and ``alt``.
 
     Args:
         curves: at most six; pale ones take the colour of the strong curve after them.
-        x_label, y_label: what the axes are.
+        x_label: what the x axis is.
         percent: y is a share and is written in per cent.
         from_zero: the y axis starts at 0.
     """
@@ -78,7 +78,6 @@ def lines(name: str, curves: Sequence[Line], *, alt: str, x_label: str, y_label:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=_ROUND))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=_ROUND))
     axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     if from_zero:
