@@ -25,8 +25,11 @@ def test_a_healthy_policy_passes(make_policy, config, micro_batch, sample_batch)
 def test_latents_rounded_to_bfloat16_are_stopped(policy, config):
     rollout = draw(policy)
     rollout.latents = rollout.latents.bfloat16().float()
-    with pytest.raises(GateError, match="hold only bfloat16 values"):
+    with pytest.raises(GateError, match="does not replay .*Likely cause: the stored latents hold only bfloat16 values"):
         check_replay(policy=policy, rollout=rollout, config=config)
+    tolerant = dataclasses.replace(config, gate_tolerance=10.0)
+    with pytest.raises(GateError, match="hold only bfloat16 values.* still replays .*rl.gate_tolerance = 1.0e\\+01"):
+        check_replay(policy=policy, rollout=rollout, config=tolerant)
 
 
 def test_a_rollout_with_another_schedule_is_stopped(policy, config):

@@ -1,4 +1,5 @@
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from diffusers import FluxPipeline
 from rl_parts import make_flux, prompts_of, shake
 
+from spatialt2i.core.run import tree_hash
 from spatialt2i.core.types import Prompt
 from spatialt2i.rl import sde
 from spatialt2i.rl.policy import FluxPolicy, PromptError
@@ -67,6 +69,20 @@ def test_the_stock_pipeline_loads_the_saved_adapter_and_draws_the_same(policy, c
     stock.load_lora_weights(tmp_path / "adapter")
     assert np.abs(pixels(ours) - draw()).max() <= 1
     assert np.abs(pixels(ours) - base).max() > 5
+
+
+def test_what_a_killed_save_left_is_gone_after_the_next_one(policy, tmp_path, monkeypatch):
+    """The folder's hash names the adapter, so nothing else may stay in it."""
+    policy.save(tmp_path)
+    before = tree_hash(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("spatialt2i.core.run.os.replace", lambda *_: pytest.fail("killed"))
+        patch.setattr("spatialt2i.core.run._discard", lambda path: None)  # a kill leaves the unfinished file
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            policy.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    policy.save(tmp_path)
+    assert tree_hash(tmp_path) == before
 
 
 def test_load_reads_what_save_wrote(policy, make_policy, tmp_path):
@@ -174,6 +190,15 @@ def test_a_prompt_that_the_encoders_cannot_take_is_named(make_policy):
     with pytest.raises(PromptError, match="'p78' is empty"):
         policy.sample(prompts=[Prompt("p78", "  ", "table", ())], group=1, seeds=[[0]])
     policy.generate(prompts=[Prompt("p79", "red " * 15, "table", ())], seeds=[0])
+
+
+def test_nothing_keeps_a_policy_in_memory(make_policy):
+    """The benchmark makes two, one after the other, and has room for one."""
+    policy = make_policy()
+    policy.generate(prompts=prompts_of(0)[:1], seeds=[5])
+    weights = weakref.ref(policy.pipeline.transformer)
+    del policy
+    assert weights() is None
 
 
 def test_bad_settings_and_seeds_are_clear_errors(make_policy, tmp_path):

@@ -5,8 +5,7 @@ Axes: P prompts, G images per prompt, T denoising steps, S latent tokens, C late
 
 from __future__ import annotations
 
-import os
-import tempfile
+import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from torch.nn import Parameter
 
 from spatialt2i.core.config import RLConfig
 from spatialt2i.core.device import torch_dtype
-from spatialt2i.core.run import disk_errors
+from spatialt2i.core.run import atomic_path
 from spatialt2i.core.types import Prompt, Rollout
 from spatialt2i.rl import sde
 
@@ -184,17 +183,16 @@ class FluxPolicy:
         return self._parameters
 
     def save(self, folder: Path) -> None:
-        """Write the adapter so that ``FluxPipeline.load_lora_weights(folder)`` loads it; replaces what was there."""
+        """Write the adapter so that ``FluxPipeline.load_lora_weights(folder)`` loads it; replaces an earlier one."""
         transformer = self.pipeline.transformer
-        folder.mkdir(parents=True, exist_ok=True)
         # sorted, because the order of a set changes from process to process and the file's bytes must not
         metadata = {key: sorted(value) if isinstance(value, set) else value
                     for key, value in transformer.peft_config["default"].to_dict().items()}
-        with disk_errors(folder), tempfile.TemporaryDirectory(dir=folder) as part:
+        with atomic_path(folder / ADAPTER_FILE) as part:  # what a kill leaves there, the next save removes
             FluxPipeline.save_lora_weights(
-                part, transformer_lora_layers=get_peft_model_state_dict(transformer),
+                part.parent, weight_name=part.name, transformer_lora_layers=get_peft_model_state_dict(transformer),
                 transformer_lora_adapter_metadata=metadata)
-            os.replace(Path(part, ADAPTER_FILE), folder / ADAPTER_FILE)
+            _sort_metadata(part)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote.
@@ -305,3 +303,14 @@ class FluxPolicy:
             yield
         finally:
             transformer.enable_adapters()
+
+
+def _sort_metadata(path: Path) -> None:
+    """Rewrite the header of a safetensors file, whose metadata come in random order: equal adapters are equal bytes."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors start at a multiple of 8 bytes
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
