@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import numpy as np
@@ -25,6 +26,18 @@ def test_patches_equal_the_processors(backbone, size):
     patches, grids = reader(images)
     assert torch.equal(patches, expected["pixel_values"])
     assert torch.equal(grids, expected["image_grid_thw"])
+
+
+@pytest.mark.parametrize(("size", "budget", "expected"), [
+    ((64, 64), 4096, (64, 64)), ((128, 128), 4096, (64, 64)), ((32, 32), 4096, (64, 64)), ((64, 16), 4096, (128, 32)),
+    ((256, 256), 200_704, (448, 448)), ((512, 256), 200_704, (644, 336)), ((1024, 1024), 200_704, (448, 448))])
+def test_every_picture_is_resized_to_the_budget_and_keeps_its_aspect(backbone, size, budget, expected):
+    processor = Qwen2VLImageProcessorPil.from_pretrained(backbone)
+    if budget > 4096:
+        processor.patch_size = 14
+    patches, grids = PixelReader(processor, max_pixels=budget)([np.zeros((*size, 3), np.uint8)])
+    assert tuple(processor.patch_size * n for n in grids[0, 1:].tolist()) == expected
+    assert len(patches) == grids.prod()
 
 
 def test_mixed_sizes_keep_their_order(backbone):
@@ -107,6 +120,21 @@ def test_the_token_is_added_where_it_is_missing(backbone, make_model, tmp_path):
     assert row >= model.backbone.config.text_config.vocab_size  # beyond the table, which need not grow
     mu, _ = model(model.collate([np.zeros((64, 64, 3), np.uint8)], model.tokenize(["a red circle"])))
     assert torch.isfinite(mu).all()
+    with pytest.raises(ValueError, match="special token"):
+        model.tokenize([f"a {REWARD_TOKEN}"])
+
+
+@pytest.mark.parametrize("part", ["language_model.layers.0.self_attn.q_proj", "visual.blocks.0.attn.qkv"])
+def test_the_fingerprint_sees_both_towers_and_no_precision(make_model, backbone, tmp_path, part):
+    known = make_model().fingerprint
+    assert make_model(dtype="bfloat16").fingerprint == make_model(seed=1, lora_rank=0).fingerprint == known
+    body = Qwen2_5_VLForConditionalGeneration.from_pretrained(backbone)
+    with torch.no_grad():
+        body.model.get_submodule(part).weight[0, 0] += 1
+    shutil.copytree(backbone, tmp_path / "other")
+    body.save_pretrained(tmp_path / "other")
+    config = make_model().config
+    assert SpatialScoreModel.from_backbone(tmp_path / "other", config=config, seed=0).fingerprint != known
 
 
 def test_head_ignores_autocast_and_scales_dropout():
@@ -131,10 +159,13 @@ def test_no_vocabulary_logits(make_model, pairs):
     model(inputs_of(model, pairs[:1]))
 
 
-def test_half_precision_body_keeps_trained_weights_in_float32(make_model, pairs):
-    model = make_model(dtype="bfloat16", train_vision=False)
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_half_precision_body_keeps_trained_weights_in_float32(make_model, pairs, train_vision):
+    model = make_model(dtype="bfloat16", train_vision=train_vision)
     assert {p.dtype for p in model.trainable().values()} == {torch.float32}
-    assert model.backbone.model.visual.blocks[0].mlp.gate_proj.weight.dtype == torch.bfloat16
+    vision = model.backbone.model.visual.blocks[0].mlp.gate_proj.weight
+    assert vision.dtype == (torch.float32 if train_vision else torch.bfloat16)
+    assert model.backbone.model.language_model.layers[0].mlp.gate_proj.base_layer.weight.dtype == torch.bfloat16
     mu, _ = model(inputs_of(model, pairs[:2]))
     mu.sum().backward()
     assert torch.isfinite(mu).all() and all(p.grad is not None for p in model.trainable().values())
@@ -148,6 +179,14 @@ def test_stock_class_loads_the_backbone(backbone):
 def test_empty_prompt(make_model, text):
     with pytest.raises(ValueError, match="prompt 1: the prompt is empty"):
         make_model().tokenize(["a red circle", text])
+
+
+def test_special_tokens_in_a_prompt(make_model):
+    model = make_model()
+    for token in ("<|image_pad|>", REWARD_TOKEN, "<|im_start|>"):
+        with pytest.raises(ValueError, match=f"q1: the prompt holds the special token {re.escape(token)}, .*leave it"):
+            model.tokenize(["a red circle", f"a red {token} circle"], ["q0", "q1"])
+    assert len(model.tokenize(["a red unicorn, <b>bold</b> & <|image pad|>"])) == 1  # unknown words are none
 
 
 def test_long_prompt(make_model):

@@ -70,7 +70,7 @@ class RewardConfig:
     loss: str = setting("gaussian", "Bradley-Terry on (mu, sigma) by quadrature or by sampling, or on mu alone",
                         choices=("gaussian", "sampled", "plain"))
     quadrature_nodes: int = setting(32, "Gauss-Hermite nodes of the gaussian loss", ge=4, le=128)  # [ours]
-    max_pixels: int = setting(200_704, "pixels per image that the vision tower sees", ge=64)  # [HPSv3]
+    max_pixels: int = setting(200_704, "pixels that each image is resized to, its aspect kept", ge=64)  # [HPSv3]
     max_text_tokens: int = setting(512, "longest prompt in tokens; a longer one is an error", ge=8)  # [ours]
     batch: int = setting(32, "pairs per update", ge=1)
     micro_batch: int = setting(4, "pairs per forward", ge=1)

@@ -124,6 +124,8 @@ class SpatialScoreModel(nn.Module):
         self._instruction = self._ids(f"{config.instruction}\n") if config.instruction else []
         self._image, self._after = self._ids("<|image_pad|>")[0], self._ids("<|vision_end|>")[0]
         self._reward, self._pad = self._ids(REWARD_TOKEN)[0], tokenizer.pad_token_id or 0
+        self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special -= {tokenizer.unk_token_id}  # it only stands for an unknown word
         self._positions: dict[tuple[int, int], Tensor] = {}
 
     @classmethod
@@ -163,13 +165,18 @@ class SpatialScoreModel(nn.Module):
             names: how error messages call them; by default their positions.
 
         Raises:
-            ValueError: a prompt is empty or longer than ``max_text_tokens``; the message names it.
+            ValueError: a prompt is empty, holds a special token, or is longer than ``max_text_tokens``; the message
+                names it.
         """
         names = names or [f"prompt {i}" for i in range(len(prompts))]
         ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
         for name, text, tokens in zip(names, prompts, ids, strict=True):
             if not text.strip():
                 raise ValueError(f"{name}: the prompt is empty; give it a text that says where things are")
+            if special := self._special & set(tokens):
+                found = self.tokenizer.decode([min(special)])
+                raise ValueError(f"{name}: the prompt holds the special token {found}, with which the model marks "
+                                 "pictures and turns; leave it out")
             if len(tokens) > self.config.max_text_tokens:
                 raise ValueError(f"{name}: {len(tokens)} tokens, but reward.max_text_tokens is "
                                  f"{self.config.max_text_tokens}; shorten it or raise the limit ({text[:60]!r}...)")
@@ -240,9 +247,10 @@ class SpatialScoreModel(nn.Module):
 
 
 def _fingerprint(backbone: nn.Module) -> str:
-    """Tells one set of pre-trained weights from another, from a few that never train."""
-    text = backbone.model.language_model
+    """Tells one set of pre-trained weights from another, from a few of them, in the precision that all dtypes keep."""
+    text, vision = backbone.model.language_model, backbone.model.visual
     digest = hashlib.sha256()
-    for weight in (text.norm.weight, text.layers[0].input_layernorm.weight, text.layers[0].self_attn.q_proj.bias):
-        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    for weight in (text.norm.weight, text.layers[0].input_layernorm.weight, text.layers[0].self_attn.q_proj.weight,
+                   vision.blocks[0].attn.qkv.weight):
+        digest.update(weight.detach().bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

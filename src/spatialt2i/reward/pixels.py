@@ -48,13 +48,14 @@ class PixelReader:
     the 256 levels; the others go through the processor.
 
     Args:
-        processor: a `Qwen2VLImageProcessorPil`. max_pixels: pixels that an image is reduced to where it has more.
+        processor: a `Qwen2VLImageProcessorPil`.
+        max_pixels: pixels of every image, up to whole patches: a larger one is reduced to it and a smaller one
+            enlarged, with its aspect kept, as in HPSv3 (arXiv 2508.03789).
     """
 
     def __init__(self, processor, *, max_pixels: int) -> None:
         self.processor = processor
-        smallest = min(processor.size["shortest_edge"], max_pixels)
-        processor.size = {"shortest_edge": smallest, "longest_edge": max_pixels}
+        processor.size = {"shortest_edge": max_pixels, "longest_edge": max_pixels}  # the names mean numbers of pixels
         levels = np.repeat(np.arange(256, dtype=np.uint8)[None, None], 3, axis=0)  # [3, 1, 256]
         values = processor.normalize(processor.rescale(levels, processor.rescale_factor), processor.image_mean,
                                      processor.image_std)
