@@ -26,7 +26,7 @@ from spatialt2i.core.run import DiskFull
 from spatialt2i.core.store import read_jsonl, read_preferences
 from spatialt2i.core.types import Preference, Prompt, Relation, Verdict
 from spatialt2i.data import pipeline
-from spatialt2i.data.dataset import SPLITS
+from spatialt2i.data.dataset import SPLITS, plan
 from spatialt2i.data.pipeline import build_dataset
 from spatialt2i.data.stages import outcome, perturb_prompts, write_prompts
 from spatialt2i.data.stats import describe
@@ -85,6 +85,29 @@ def test_no_two_splits_share_a_text_a_scene_or_relations(pairs: dict[str, list[P
 
     train, validation, test = (keys(pairs[name]) for name in SPLITS)
     assert not train & validation and not train & test and not validation & test
+
+
+def test_pairs_of_one_scene_stay_together_and_of_equal_texts_the_first_stays() -> None:
+    """Rows are (scene key, key of the prompt, key of the perturbed prompt); here 3 scenes and many repeated texts."""
+    rng = np.random.default_rng(0)
+    scenes = [int(share * 2**63) for share in (0.05, 0.15, 0.6)]  # of the test, the validation and the training split
+    rows_of_shards = [[(scenes[rng.integers(3)], int(text), int(text) + 1000) for text in rng.integers(40, size=50)]
+                      for _ in range(4)]
+    config = DataConfig(validation=0.1, test=0.1)
+    splits, dropped = plan([{"rows": rows} for rows in rows_of_shards], config=config, exclude=frozenset({3, 1005}))
+    assert [len(part) for part in splits] == [50] * 4
+    placed = [(row, split) for rows, part in zip(rows_of_shards, splits, strict=True)
+              for row, split in zip(rows, part, strict=True)]
+    named = dict(zip(scenes, ("test", "validation", "train"), strict=True))
+    seen, lost = {3, 5}, Counter()
+    for (scene, text, perturbed), split in placed:
+        if text in seen:
+            assert split is None
+            lost["in an evaluation set" if text in (3, 5) else "text written before"] += 1
+        else:
+            assert split == named[scene]
+        seen.add(text)
+    assert dropped == lost and len(lost) == 2 and {split for _, split in placed} == {*SPLITS, None}
 
 
 def test_texts_are_distinct_and_relations_follow_the_config(pairs: dict[str, list[Preference]]) -> None:
@@ -185,7 +208,7 @@ def test_a_damaged_shard_is_noticed_and_made_again(name: str, built, caplog, mon
 def test_a_missing_file_is_made_again(built) -> None:
     before = parquet_sums(built[0])
     (built[0] / "pairs" / "00000.jsonl").unlink()
-    (built[0] / "data" / "train-00000-of-00005.parquet").unlink(missing_ok=True)
+    sorted((built[0] / "data").glob("train-*.parquet"))[0].unlink()
     build(built[0])
     assert parquet_sums(built[0]) == before and (built[0] / "pairs" / "00000.jsonl").exists()
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from spatialt2i.core.config import DataConfig, section_hash
+from spatialt2i.core.device import cpu_count
 from spatialt2i.core.run import progress, seed_of, write_json
 from spatialt2i.data.dataset import SPLITS, assemble, plan, rows_of, write_card
 from spatialt2i.data.shard import FILES, Parts, Shard, make_shard, stored, text_key
@@ -91,7 +92,7 @@ def _manifests(shards: Sequence[Shard], config: DataConfig) -> dict[int, dict[st
                     shards[0].folder, ", ".join(map(str, damaged)))
     with progress(sum(s.stop - s.start for s in shards), desc="pairs",
                   initial=sum(s.stop - s.start for s in shards) - sum(s.stop - s.start for s in todo)) as bar:
-        for shard, manifest in _computed(todo, config.workers or os.cpu_count() or 1):
+        for shard, manifest in _computed(todo, config.workers or cpu_count()):
             found[shard.number] = manifest
             bar.update(shard.stop - shard.start)
     return found
