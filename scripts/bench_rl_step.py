@@ -1,16 +1,17 @@
 """What an RL step costs, against the passes through the models that no implementation can avoid.
 
-    python scripts/bench_rl_step.py FOLDER_OF_A_FLUX_PIPELINE [--json FILE]
+    python scripts/bench_rl_step.py --preset tiny [rl.top_k=0 ...] [--json FILE]
 
 The floor is measured in the same run, in turns with the step: bare calls of the transformer in the same batches
 (rollout forwards, forward and backward of the trained transitions, reference forwards where the KL has a weight) and
 of the VAE's decoder. Everything else is overhead: text encoding, noise, kernels, log-probs, pictures, loss, optimiser.
+Scoring is left out on both sides.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import statistics
 import sys
 from pathlib import Path
@@ -18,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spatialt2i.core.config import RLConfig
+from spatialt2i.build import model_folder
+from spatialt2i.core.config import load_config, to_dict
 from spatialt2i.core.device import pick_device, set_threads
-from spatialt2i.core.run import seed_of
+from spatialt2i.core.run import json_text, seed_of
 from spatialt2i.core.types import Prompt, Scores
 from spatialt2i.rl.credit import normalize, select_extremes
 from spatialt2i.rl.policy import FluxPolicy
@@ -45,7 +47,7 @@ class Lottery:
 def rl_step(policy, state, scorer, config, step):
     """One whole step, as in `spatialt2i.rl.train.train`; seconds by phase."""
     seconds: dict[str, float] = {}
-    prompts = [Prompt(f"{step}-{i}", f"a red circle left of a blue square {step} {i}", "table", ())
+    prompts = [Prompt(f"{step}-{i}", f"On a lawn, a red circle is {step + i} to the left of a blue square.", "table", ())
                for i in range(config.prompts_per_step)]
     seeds = [[seed_of(0, step, prompt.id, g) for g in range(config.group)] for prompt in prompts]
     with timed(seconds, "sample"):
@@ -113,25 +115,16 @@ def floor(policy, config):
 
 def main() -> None:
     """Measure and print."""
-    default = RLConfig()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folder", help="a FLUX pipeline")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 means all cores")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="rl.SETTING=VALUE")
+    parser.add_argument("--preset", default="tiny", help="a preset or a TOML file; its [rl] section counts")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of one step and one floor; the median counts")
     parser.add_argument("--json", help="also write the result to this file; - for standard output")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    for name, value in (("resolution", 64), ("prompts_per_step", 4), ("group", default.group), ("top_k", default.top_k),
-                        ("rollout_steps", default.rollout_steps), ("train_steps", default.train_steps),
-                        ("max_text_tokens", 128), ("lora_rank", default.lora_rank), ("sample_batch", 48),
-                        ("micro_batch", 48)):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--kl", type=float, default=default.kl)
-    args = vars(parser.parse_args())
-    folder, device, threads, repeats, out = (args.pop(k) for k in ("folder", "device", "threads", "repeats", "json"))
-    set_threads(threads)
-    config = RLConfig(model=folder, **args)
-    policy = FluxPolicy.from_pretrained(config, device=pick_device(device), seed=0)
+    args = parser.parse_args()
+    whole = load_config(args.preset, args.overrides)
+    set_threads(whole.threads)
+    config, repeats = dataclasses.replace(whole.rl, model=model_folder(whole.rl.model)), args.repeats
+    policy = FluxPolicy.from_pretrained(config, device=pick_device(whole.device), seed=0)
     state, scorer = fresh_state(policy, config), Lottery()
     rl_step(policy, state, scorer, config, 0), floor(policy, config)  # warm-up
     pairs = [(rl_step(policy, state, scorer, config, 1 + i), floor(policy, config)) for i in range(repeats)]
@@ -151,9 +144,9 @@ def main() -> None:
         lines.append(f"{name:8}{row['step']:10.3f}{row['floor']:10.3f}{times}{share:8.1%}")
     lines.append(f"an RL step costs {ratio:.3f} times its unavoidable passes (median of {repeats} pairs)")
     sys.stderr.write("\n".join(lines) + "\n")
-    if out:
-        text = json.dumps({"ratio": ratio, "repeats": repeats, "seconds": result, "config": args}, indent=1) + "\n"
-        sys.stdout.write(text) if out == "-" else Path(out).write_text(text, encoding="utf-8")
+    if args.json:
+        text = json_text({"ratio": ratio, "repeats": repeats, "seconds": result, "rl": to_dict(whole.rl)})
+        sys.stdout.write(text) if args.json == "-" else Path(args.json).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

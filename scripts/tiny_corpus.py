@@ -52,11 +52,12 @@ def object_map(scene: Scene) -> np.ndarray:
     return found
 
 
-def make_chunk(start: int, *, seed: int, scramble: float) -> dict[str, np.ndarray]:
-    """CHUNK pictures, reproducible from ``start`` alone."""
+def make_chunk(start: int, *, stop: int, seed: int, scramble: float) -> dict[str, np.ndarray]:
+    """The pictures from ``start`` on, CHUNK or those before ``stop``; each is reproducible from its number alone."""
     writer, tokenizer = TinyWriter(), make_tokenizer(max_length=TEXT_TOKENS)
     images, maps, texts = [], [], []
-    for i in range(start, start + CHUNK):
+    numbers = range(start, min(start + CHUNK, stop))
+    for i in numbers:
         rng = np.random.default_rng(seed_of(seed, "corpus", i))
         scene = None
         while scene is None:
@@ -69,36 +70,38 @@ def make_chunk(start: int, *, seed: int, scramble: float) -> dict[str, np.ndarra
             texts.append(render(prompt.scene, scrambled(prompt.relations, scramble, rng), int(rng.integers(2**60))))
     ids = tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="np").input_ids
     return {"images": np.stack(images), "maps": np.stack(maps),
-            "tokens": ids.reshape(CHUNK, CAPTIONS, TEXT_TOKENS).astype(np.int16)}
+            "tokens": ids.reshape(len(numbers), CAPTIONS, TEXT_TOKENS).astype(np.int16)}
 
 
 def main() -> None:
-    """Write ``images.npy``, ``maps.npy`` and ``tokens.npy``; does nothing where they are there already."""
+    """Write ``images.npy``, ``maps.npy`` and ``tokens.npy``; goes on where an earlier call was stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/corpus"))
     parser.add_argument("--count", type=int, default=80_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--scramble", type=float, default=0.35, help="share of relations that captions state wrongly")
+    parser.add_argument("--scramble", type=float, default=0.1, help="share of relations that captions state wrongly")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     wanted = {"count": args.count, "seed": args.seed, "scramble": args.scramble}
     manifest = args.out / "manifest.json"
-    if manifest.exists() and json.loads(manifest.read_text()) == wanted:
-        return
+    found = json.loads(manifest.read_text()) if manifest.exists() else {}
+    done = found.pop("done", args.count) if found else 0  # a finished manifest has no such entry
+    done = done if found == wanted else 0
     args.out.mkdir(parents=True, exist_ok=True)
     shapes = {"images": ((SIZE, SIZE, 3), np.uint8), "maps": ((16, 16), np.uint8),
               "tokens": ((CAPTIONS, TEXT_TOKENS), np.int16)}
-    files = {k: np.lib.format.open_memmap(args.out / f"{k}.npy", "w+", dtype, (args.count, *shape))
+    files = {k: np.lib.format.open_memmap(args.out / f"{k}.npy", "r+" if done else "w+", dtype, (args.count, *shape))
              for k, (shape, dtype) in shapes.items()}
-    starts = range(0, args.count, CHUNK)
+    starts = range(done, args.count, CHUNK)
     with ProcessPoolExecutor(args.workers) as pool:
-        chunks = pool.map(partial(make_chunk, seed=args.seed, scramble=args.scramble), starts)
-        for start, chunk in zip(progress(starts, desc="corpus"), chunks, strict=True):
+        chunks = pool.map(partial(make_chunk, stop=args.count, seed=args.seed, scramble=args.scramble), starts)
+        for n, (start, chunk) in enumerate(zip(progress(starts, desc="corpus"), chunks, strict=True), 1):
             for key, values in chunk.items():
                 files[key][start:start + CHUNK] = values
-    for file in files.values():
-        file.flush()
-    write_json(manifest, wanted)
+            if n % 20 == 0 or n == len(starts):
+                for file in files.values():
+                    file.flush()
+                write_json(manifest, wanted | ({} if n == len(starts) else {"done": start + CHUNK}))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spatialt2i.core.run import read_json, versions, write_json
+from spatialt2i.core.run import file_hash, read_json, versions, write_json
 
 SCRIPTS = Path(__file__).parent
 SHIPPED = SCRIPTS.parent / "src" / "spatialt2i" / "tiny" / "weights"
@@ -35,12 +35,8 @@ def run(script: str, *args: str | Path) -> str:
 
 
 def data_hash(corpus: Path) -> str:
-    """SHA-256 of the training pictures."""
-    digest = hashlib.sha256()
-    with (corpus / "images.npy").open("rb") as f:
-        while block := f.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
+    """SHA-256 of the training pictures, object maps and captions."""
+    return hashlib.sha256("".join(file_hash(path) for path in sorted(corpus.glob("*.npy"))).encode()).hexdigest()
 
 
 def install(folder: Path, name: str, manifest: dict) -> None:
@@ -62,13 +58,13 @@ def main() -> None:
     if args.only != "tiny-qwen2.5-vl":
         parts = [("tiny_corpus.py", "--out", corpus, "--count", "80000", "--workers", args.threads)]
         parts += [("train_tiny_flux.py", part, "--corpus", corpus, "--out", flux, "--steps", steps, "--batch", batch,
-                   "--threads", args.threads) for part, steps, batch in (("vae", 3000, 16), ("flow", 9000, 64))]
+                   "--threads", args.threads) for part, steps, batch in (("vae", 3000, 16), ("flow", 9500, 64))]
         for part in parts:
             run(*part)
         held_out = {n: json.loads(run("check_tiny_flux.py", flux / "pipeline", "--relations", *n.split("-"),
                                       "--threads", args.threads)) for n in ("2-3", "4-5-6-7")}
         install(flux / "pipeline", "tiny-flux", {
-            "commands": [shlex.join(map(str, p)) for p in parts], "seed": 0,
+            "commands": ["python scripts/" + shlex.join(map(str, p)) for p in parts], "seed": 0,
             "corpus": read_json(corpus / "manifest.json"), "corpus_sha256": data_hash(corpus),
             "held_out_by_relations": held_out, "versions": versions()})
     if args.only != "tiny-flux":

@@ -1,7 +1,7 @@
 """Train ``tiny-flux``, the small FLUX pipeline that the package ships: autoencoder, text encoders and transformer.
 
-    python scripts/train_tiny_flux.py vae  --corpus build/corpus --out build/tiny-flux --steps 1500
-    python scripts/train_tiny_flux.py flow --corpus build/corpus --out build/tiny-flux --steps 12000
+    python scripts/train_tiny_flux.py vae  --corpus build/corpus --out build/tiny-flux --steps 3000
+    python scripts/train_tiny_flux.py flow --corpus build/corpus --out build/tiny-flux --steps 9500
 
 Each part writes checkpoints and continues from them. ``flow`` ends by writing a `diffusers.FluxPipeline` folder.
 """
@@ -23,12 +23,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from _checkpoint import load_state, save_state
-from spatialt2i.core.run import progress
+from spatialt2i.core.run import atomic_path, file_hash, progress, seed_of
 from spatialt2i.tiny.tokenizer import CLIP_LENGTH, make_tokenizer
 from spatialt2i.tiny.world import OBJECTS
 
 LATENT_CHANNELS = 8
-SHIFT = 3.0  # of the training noise levels: what is drawn where is decided at high ones
+SHIFT = 3.0  # of the training noise levels: what is drawn is decided at high ones
+TOP_SHARE, TOP = 0.35, 0.85  # where it is drawn is decided at the highest ones: this share is uniform above that level
 AUX_BLOCK = 1  # the single-stream block whose image tokens must tell which object is where
 
 
@@ -147,8 +148,10 @@ class Flow(torch.nn.Module):
 
 
 def make_latents(args: argparse.Namespace, vae: AutoencoderKL) -> np.ndarray:
-    """Packed latents of the whole corpus, [N, 64, 32] float16, computed once."""
-    path = args.out / "latents.npy"
+    """Packed latents of the whole corpus, [N, 64, 32] float16, computed once per autoencoder and corpus."""
+    made = file_hash(args.out / "vae" / "diffusion_pytorch_model.safetensors")
+    corpus = (args.corpus / "manifest.json").read_text()
+    path = args.out / f"latents-{seed_of(made, corpus):016x}.npy"
     if path.exists():
         return np.load(path, mmap_mode="r")
     images = np.load(args.corpus / "images.npy", mmap_mode="r")
@@ -158,7 +161,8 @@ def make_latents(args: argparse.Namespace, vae: AutoencoderKL) -> np.ndarray:
             z = vae.encode(pixels(images[i:i + 250])).latent_dist.mean.float()
         z = (z - vae.config.shift_factor) * vae.config.scaling_factor
         packed[i:i + 250] = FluxPipeline._pack_latents(z, len(z), LATENT_CHANNELS, 16, 16).numpy()
-    np.save(path, packed)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, packed)
     return packed
 
 
@@ -222,27 +226,30 @@ def flow_loss(flow: Flow, x0: torch.Tensor, words: torch.Tensor, target: torch.T
               empty: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared velocity error, and cross-entropy of the reader, at random noise levels.
 
-    With ``empty``, the tokens of the empty caption, the target is u + (1 - 1 / g) (v - v_empty), whose fixed point in v
-    is v_empty + g (E[u] - v_empty): guidance of scale g, learnt in one go with the flow (model guidance,
-    arXiv 2502.12154).
+    With ``empty``, the tokens of the empty caption, half of the batch learns guidance g in 1..5 in one go with the flow
+    (model guidance, arXiv 2502.12154): its target is u + (1 - 1 / g) (v - v_empty), whose fixed point in v is
+    v_empty + g (E[u] - v_empty). The other half learns the flow as it is, at g = 1.
     """
     t = torch.sigmoid(torch.randn(len(x0)))
     t = SHIFT * t / (1 + (SHIFT - 1) * t)
+    t = torch.where(torch.rand(len(x0)) < TOP_SHARE, TOP + (1 - TOP) * torch.rand(len(x0)), t)
     noise = torch.randn_like(x0)
-    x = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
+    x, u = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise, noise - x0
     dtype = flow.reader.weight.dtype
     ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", dtype)
     guidance = 1 + 4 * torch.rand(len(x0))
+    half = len(x0) // 2
     # the fused attention's backward pass on CPUs is several times slower than the plain one at these lengths
     with sdpa_kernel(SDPBackend.MATH):
+        if empty is not None:
+            guidance[half:] = 1
         v, logits = flow(x.to(dtype), t.to(dtype), guidance.to(dtype), words, ids)
-        u = noise - x0
         if empty is not None:
             with torch.no_grad():
-                base = flow(x.to(dtype), t.to(dtype), torch.ones_like(guidance).to(dtype), empty.expand(len(x0), -1),
-                            ids)[0]
-            guided = (words != empty).any(1) * (1 - 1 / guidance)  # [B]
-            u = u + guided[:, None, None] * (v.detach() - base).float()
+                base = flow(x[:half].to(dtype), t[:half].to(dtype), torch.ones(half, dtype=dtype),
+                            empty.expand(half, -1), ids)[0]
+            guided = (words[:half] != empty).any(1) * (1 - 1 / guidance[:half])  # [B / 2]
+            u[:half] += guided[:, None, None] * (v[:half].detach() - base).float()
         error = (v.float() - u).square().mean()
         return error, F.cross_entropy(logits.float().flatten(0, 2), target, weight=weight)
 
@@ -271,8 +278,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr-matrices", type=float, default=2e-3, help="peak learning rate of Muon")
-    parser.add_argument("--guide-from", type=int, default=2**31, help="first step whose target carries guidance")
-    parser.add_argument("--aux", type=float, default=0.1, help="weight of the auxiliary reader")
+    parser.add_argument("--guide-from", type=int, default=2500, help="first step whose target carries guidance")
+    parser.add_argument("--aux", type=float, default=0.25, help="weight of the auxiliary reader")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
