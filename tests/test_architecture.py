@@ -16,6 +16,13 @@ CORE_FILES = {"__init__.py", "types.py", "config.py", "protocols.py", "run.py", 
 DEEP_LEARNING = {"torch", "transformers", "diffusers", "peft", "accelerate", "safetensors"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+NOUNS = {  # what is exchanged, and the one file that defines it and how
+    "Config": ("config", "frozen"), "RunDir": ("run", "class"),
+    "Prompt": ("types", "frozen"), "Pair": ("types", "frozen"), "Preference": ("types", "frozen"),
+    "Verdict": ("types", "frozen"), "Rollout": ("types", "dataclass"), "Benchmark": ("types", "frozen"),
+    "Generator": ("protocols", "protocol"), "Verifier": ("protocols", "protocol"), "Scorer": ("protocols", "protocol"),
+    "Policy": ("protocols", "protocol"),
+}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -74,6 +81,19 @@ def test_rooms_import_only_core(path: Path) -> None:
     assert own in allowed, f"{own} is neither core nor one of the rooms {sorted(ROOMS)}"
     used = {name.split(".")[1] for name in imports(tree(path), path) if name.startswith("spatialt2i.")}
     assert used - {"__version__"} <= allowed[own], f"{path.name} imports {sorted(used - allowed[own])}"
+
+
+def kind(node: ast.ClassDef) -> str:
+    marks = [ast.unparse(d) for d in node.decorator_list]
+    if "Protocol" in map(ast.unparse, node.bases):
+        return "protocol"
+    return "frozen" if "dataclass(frozen=True)" in marks else "dataclass" if "dataclass" in marks else "class"
+
+
+def test_the_twelve_nouns_are_where_they_belong_and_nowhere_else() -> None:
+    found = {(n.name, str(path.relative_to(PACKAGE)), kind(n)) for path in FILES for n in ast.walk(tree(path))
+             if isinstance(n, ast.ClassDef) and n.name in NOUNS}
+    assert found == {(name, f"core/{file}.py", how) for name, (file, how) in NOUNS.items()}
 
 
 def test_core_has_no_seventh_file() -> None:

@@ -203,7 +203,7 @@ def _show(figures: dict[str, Any], json_file: str | None, card: str | None) -> N
         try:
             write_json(json_file, figures)
         except OSError as e:
-            raise OSError(f"--json {json_file}: cannot be written ({e}); name another file, nothing else is lost") from e
+            raise OSError(f"--json {json_file}: cannot be written ({e}); name another file") from e
 
 
 def figure_lines(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

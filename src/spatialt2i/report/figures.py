@@ -22,9 +22,9 @@ def collect(run: RunDir) -> dict[str, Any]:
     Returns:
         ``reward.accuracy.{one,two_three,overall}``;
         ``rl.{in_domain,hard}.{base,tuned}.{relations,all,presence,clean,coverage}``, where ``coverage`` is the share of
-        pictures that could be judged; ``rl.{in_domain,hard}.{gain_all,judge,version}``; ``rl.spatialscore.{base,tuned}``;
-        ``cost.{stage}.{seconds,peak_mb}``; ``versions``; ``seed``; and ``tables``: ``reward.{predicates,edits}`` and
-        ``rl.{in_domain,hard}`` (predicate -> base and tuned).
+        pictures that could be judged; ``rl.{in_domain,hard}.{gain_all,judge,version}``;
+        ``rl.spatialscore.{base,tuned}``; ``cost.{stage}.{seconds,peak_mb}``; ``versions``; ``seed``; and ``tables``:
+        ``reward.{predicates,edits}`` and ``rl.{in_domain,hard}`` (predicate -> base and tuned).
 
         Accuracies, ``gain_all`` and the tables' figures are ``{value, lo, hi, n}``, all but ``n`` None where nothing
         was judged. Those of a model are numbers, and the same ``{value, lo, hi, n}`` is at

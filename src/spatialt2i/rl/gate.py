@@ -47,10 +47,9 @@ def check_replay(*, policy: Policy, rollout: Rollout, config: RLConfig) -> float
     if worst <= config.gate_tolerance and not rounded:
         return worst
     if worst <= config.gate_tolerance:
-        raise GateError("the stored latents hold only bfloat16 values; expected float32. This rollout still replays to "
-                        f"its log-probs (largest |log ratio| {worst:.3e}, rl.gate_tolerance = "
-                        f"{config.gate_tolerance:.1e}), but others need not. Keep latents in float32, whatever rl.dtype "
-                        "is. Nothing was trained.")
+        raise GateError("the stored latents hold only bfloat16 values; expected float32, whatever rl.dtype is. This "
+                        f"rollout still replays to its log-probs (largest |log ratio| {worst:.3e}, rl.gate_tolerance = "
+                        f"{config.gate_tolerance:.1e}), but others need not. Nothing was trained.")
     cause = ("the stored latents hold only bfloat16 values; keep them in float32" if rounded
              else _diagnose(policy, rollout, rows, config))
     by_step = ", ".join(f"step {t}: {errors[rows[:, 2] == t].max().item():.1e}" for t in rows[:, 2].unique().tolist())
