@@ -7,12 +7,13 @@ from collections import defaultdict
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from spatialt2i.core.types import Prompt, Relation, Verdict
 from spatialt2i.tiny.grammar import TinyWriter
 from spatialt2i.tiny.oracle import TinyOracle
 from spatialt2i.tiny.painter import TinyPainter, paint
-from spatialt2i.tiny.world import COLOURS, Box, Scene, margin
+from spatialt2i.tiny.world import COLOURS, Box, Scene, margin, outline
 
 LEFT = Relation("left of", "red circle", ("blue square",))
 PROMPT = Prompt("o", "A red circle is left of a blue square.", "on a lawn", (LEFT,))
@@ -49,7 +50,7 @@ def test_it_agrees_with_the_coordinates() -> None:
 def test_a_right_picture_with_its_evidence() -> None:
     verdict = judge(picture(RIGHT_PLACES))
     assert verdict.overall and verdict.clean and verdict.relations == (True,) and verdict.present == (True, True)
-    assert verdict.judge == "tiny-oracle-1"
+    assert verdict.judge == "tiny-oracle-2"
     assert np.allclose(verdict.evidence["boxes"]["red circle"], [7, 23, 25, 41], atol=1)
 
 
@@ -112,6 +113,72 @@ def test_smears_are_not_clean() -> None:
     pixels[50:58, 20:40] = (120, 130, 110)  # a colour of no object and no ground
     verdict = judge(pixels)
     assert verdict.relations == (True,) and verdict.clean is False and verdict.overall is False
+
+
+# ---- litter
+
+def away(pixels: np.ndarray, litter: np.ndarray, band: float = 4) -> np.ndarray:
+    """The picture with litter everywhere but on its objects and in a band around them."""
+    at = np.arange(64) + 0.5
+    near = [outline(n.split()[1], at[None, :] - b.cx, at[:, None] - b.cy, b.r) < band for n, b in RIGHT_PLACES.items()]
+    return np.where(np.any(near, axis=0)[..., None], pixels, litter).astype(np.uint8)
+
+
+def littered(kind: str) -> np.ndarray:
+    pixels, rng = picture(RIGHT_PLACES), np.random.default_rng(0)
+    if kind == "noise":
+        return away(pixels, rng.integers(0, 256, (64, 64, 3)))
+    if kind == "pale noise":
+        return away(pixels, rng.integers(150, 226, (64, 64, 3)))
+    if kind == "lines":
+        return away(pixels, np.where((np.arange(64) % 4 == 0)[:, None, None], 0, pixels))
+    if kind == "one line":
+        pixels[3, 10:40] = COLOURS["black"]
+    if kind == "specks of a named colour":
+        pixels[2:20:3, 4:60:8] = COLOURS["red"]
+    if kind == "stripes on an object":
+        pixels[27:42:2, 40:53] = COLOURS["green"]
+    return pixels
+
+
+@pytest.mark.parametrize("kind", ["noise", "pale noise", "lines", "one line", "specks of a named colour",
+                                  "stripes on an object"])
+def test_litter_without_a_core_is_not_clean(kind: str) -> None:
+    verdict = judge(littered(kind))
+    assert verdict.clean is False and verdict.overall is False and verdict.evidence["litter_pixels"] > 10
+    if kind != "stripes on an object":
+        assert verdict.relations == (True,) and verdict.present == (True, True)
+
+
+@pytest.mark.parametrize("colour", [(160, 160, 160), (255, 190, 210), (150, 225, 225), (152, 152, 220)])
+@pytest.mark.parametrize("side", [5, 16])
+def test_a_pale_block_is_not_clean(colour: tuple[int, int, int], side: int) -> None:
+    pixels = picture(RIGHT_PLACES)
+    pixels[46:46 + side, 24:24 + side] = colour
+    verdict = judge(pixels)
+    assert verdict.relations == (True,) and verdict.clean is False and verdict.overall is False
+
+
+def test_a_picture_in_which_nothing_is_ground_is_not_clean() -> None:
+    pixels = np.full((64, 64, 3), 120, dtype=np.uint8)
+    assert judge(pixels).clean is False
+
+
+@pytest.mark.parametrize("kind", ["blur", "noise", "side light"])
+def test_what_generators_do_to_every_picture_is_clean(kind: str) -> None:
+    """Slight blur, small noise, and light from the side."""
+    for i in range(12):
+        prompt = TinyWriter().write(id=f"c{i}", n_relations=1 + i % 6, seed=40 + i)
+        pixels = TinyPainter(wrong_layout=0).generate(prompts=[prompt], seeds=[i])[0]
+        values = np.asarray(pixels, dtype=np.float64)
+        if kind == "blur":
+            values = ndimage.gaussian_filter(values, (0.6, 0.6, 0))
+        elif kind == "noise":
+            values = values + np.random.default_rng(i).normal(0, 6, values.shape)
+        else:
+            values = values + np.linspace(-10, 10, 64)[None, :, None]
+        verdict = judge(np.clip(values, 0, 255).round().astype(np.uint8), prompt)
+        assert verdict.clean and verdict.evidence["litter_pixels"] <= 5
 
 
 @pytest.mark.parametrize("size", [256, 128, 100])

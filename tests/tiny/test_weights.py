@@ -7,11 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline
+from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from spatialt2i.build import SHIPPED, WEIGHTS
 from spatialt2i.tiny.grammar import TinyWriter
+from spatialt2i.tiny.oracle import TinyOracle
+from spatialt2i.tiny.painter import TinyPainter
 
 pytestmark = pytest.mark.skipif(not all((WEIGHTS / name / "manifest.json").exists() for name in SHIPPED),
                                 reason="the tiny weights are not installed: make tiny-weights")
@@ -25,6 +28,19 @@ def test_flux_draws_with_the_stock_pipeline():
                                     generator=torch.Generator().manual_seed(0)).images[0]) for _ in range(2)]
     assert pictures[0].shape == (64, 64, 3) and np.ptp(pictures[0]) > 30
     assert (pictures[0] == pictures[1]).all()
+
+
+def test_a_picture_that_went_through_the_autoencoder_is_still_clean():
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "tiny-flux" / "vae")
+    prompts = [TinyWriter().write(id=f"vae-{i}", n_relations=1 + i % 5, seed=70 + i) for i in range(24)]
+    images = TinyPainter(wrong_layout=0).generate(prompts=prompts, seeds=range(len(prompts)))
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+    redrawn = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    verdicts = TinyOracle().verify(images=[Image.fromarray(p) for p in redrawn], prompts=prompts)
+    assert sum(v.clean for v in verdicts) >= 22
+    assert sum(v.evidence["litter_pixels"] <= 2 for v in verdicts) >= 22, "ringing is not litter"
 
 
 def test_every_word_of_a_prompt_is_in_the_vocabulary():

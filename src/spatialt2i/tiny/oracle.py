@@ -1,7 +1,8 @@
 """Judges pictures of the tabletop world from their pixels alone (a `Verifier`).
 
 Pixels are sorted by colour, each colour's region is fitted with the four outlines (pixels hidden by other objects
-count neither for nor against a fit), and relations are evaluated on the fitted boxes.
+count neither for nor against a fit), and relations are evaluated on the fitted boxes. What is neither ground nor an
+object is litter.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _COLOUR_RADIUS = 90.0  # farthest RGB distance at which a pixel still has a colo
 _MIN_FIT = 0.78  # least overlap (intersection over union) of a region with the outline it is taken for
 _MIN_CORE = 4  # pixels whose whole 3 x 3 neighbourhood has the colour; rims and blends have none
 _HIDDEN_PRICE = 0.12  # weight of an outline's pixel under other paint; a missing one weighs 1
-_MAX_STRAY = 10  # pixels of an object's colour outside its outline before it counts as malformed
+_MAX_STRAY = 10  # pixels of an object's colour outside its outline before it counts as malformed; also of litter
+_GROUND_RADIUS = 30.0  # farthest RGB distance from the ground's median at which a pixel is ground; light varies by 10
+_RIM = 2.5  # pixels to either side of an outline where blends and an autoencoder's ringing are nobody's litter
 _CENTRES = np.arange(SIZE, dtype=np.float32) + 0.5
 _NEIGHBOURHOOD = np.ones((3, 3), dtype=bool)
 _AROUND = np.array(list(itertools.product((-1, 0, 1), repeat=3)), dtype=np.float32)
@@ -124,11 +127,11 @@ def _fit(region: np.ndarray, own: np.ndarray, painted: np.ndarray, *, whole: boo
     return Found(shape, Box(float(cx), float(cy), float(r)), overlap)
 
 
-def detect(labels: np.ndarray) -> tuple[dict[str, Found], int]:
-    """Every colour's object, and how many pixels of unrecognisable paint there are.
+def detect(pixels: np.ndarray, labels: np.ndarray) -> tuple[dict[str, Found], int]:
+    """Every colour's object, and how many pixels of litter there are.
 
     Args:
-        labels: what `segment` returned.
+        pixels: uint8 [64, 64, 3]. labels: what `segment` returned for them.
     """
     found: dict[str, Found] = {}
     core = ndimage.maximum_filter(labels, 3) == ndimage.minimum_filter(labels, 3)
@@ -136,7 +139,28 @@ def detect(labels: np.ndarray) -> tuple[dict[str, Found], int]:
     for index, colour in enumerate(COLOURS, start=1):
         if cores[index + 1] >= _MIN_CORE:
             found[colour] = _find(labels, core, index)
-    return found, int(cores[_UNKNOWN + 1])
+    smear = core & (labels == _UNKNOWN)  # unrecognisable paint is nobody's blend where it has a core
+    return found, int(np.count_nonzero(smear | _litter(pixels, labels, found)))
+
+
+def _litter(pixels: np.ndarray, labels: np.ndarray, found: dict[str, Found]) -> np.ndarray:
+    """Where something is drawn that is no part of a well-formed object, however thin or pale; bool [64, 64].
+
+    Within `_RIM` of an object's outline anything may be; farther inside only its own colour, or that of an object which
+    lies over it.
+    """
+    ground = np.median(pixels[labels == 0], axis=0) if (labels == 0).any() else np.full(3, np.inf)
+    strange = ((pixels - ground) ** 2).sum(-1) > _GROUND_RADIUS**2
+    rows, columns = np.nonzero(strange)
+    explained = np.zeros(len(rows), dtype=bool)
+    for index, colour in enumerate(COLOURS, start=1):
+        one = found.get(colour)
+        if one is not None and not one.fault:
+            from_outline = outline(one.shape, _CENTRES[columns] - one.box.cx, _CENTRES[rows] - one.box.cy, one.box.r)
+            own = labels[rows, columns] == index
+            explained |= (from_outline <= _RIM) & (own | (from_outline >= -_RIM))
+    strange[rows, columns] = ~explained
+    return strange
 
 
 def _find(labels: np.ndarray, core: np.ndarray, index: int) -> Found:
@@ -184,7 +208,7 @@ def _with_depth(labels: np.ndarray, a: Found, b: Found, ia: int, ib: int) -> tup
 class TinyOracle:
     """Exact verdicts for painted and for generated pictures."""
 
-    name = "tiny-oracle-1"
+    name = "tiny-oracle-2"
 
     def verify(self, *, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Verdict]:
         """One verdict per picture. Objects that the world does not know are not judged."""
@@ -194,7 +218,7 @@ class TinyOracle:
                 seen[id(image)] = _look(image)
         return [self._judge_all(prompt, *seen[id(image)]) for image, prompt in zip(images, prompts, strict=True)]
 
-    def _judge_all(self, prompt: Prompt, labels: np.ndarray, found: dict[str, Found], unknown: int) -> Verdict:
+    def _judge_all(self, prompt: Prompt, labels: np.ndarray, found: dict[str, Found], litter: int) -> Verdict:
         names = prompt.objects
         colours = [name.split()[0] for name in names]
         known = {n: n in OBJECTS and colours.count(c) == 1 for n, c in zip(names, colours, strict=True)}
@@ -207,12 +231,12 @@ class TinyOracle:
             why.append(reason)
         asked = {name.split()[0] for name in names if known[name] and not reasons[name]}
         extra = sorted(set(found) - asked)
-        clean = not extra and unknown <= _MAX_STRAY if all(known.values()) else None
+        clean = not extra and litter <= _MAX_STRAY if all(known.values()) else None
         parts = (*relations, *present, clean)
         overall = None if None in parts else all(parts)
         evidence: dict[str, Any] = {
             "boxes": {f"{c} {f.shape}": [round(v, 1) for v in f.box.corners] for c, f in found.items()},
-            "reasons": why, "unasked": extra, "smear_pixels": unknown}
+            "reasons": why, "unasked": extra, "litter_pixels": litter}
         return Verdict(overall, tuple(relations), present, clean, self.name, evidence)
 
 
@@ -220,8 +244,9 @@ def _look(image: Image.Image) -> tuple[np.ndarray, dict[str, Found], int]:
     """The labels of a picture's pixels, and what `detect` finds in them."""
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
-    labels = segment(np.asarray(image.convert("RGB")))
-    return labels, *detect(labels)
+    pixels = np.asarray(image.convert("RGB"))
+    labels = segment(pixels)
+    return labels, *detect(pixels, labels)
 
 
 def _why_absent(name: str, found: dict[str, Found]) -> str:
