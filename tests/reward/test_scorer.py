@@ -101,6 +101,8 @@ def test_bad_prompts(scorer, pictures, pairs):
         scorer.score(images=pictures[:1], prompts=texts(2))
     with pytest.raises(ValueError, match="prompt 0: the prompt is empty"):
         scorer.score(images=pictures[:1], prompts=[""])
+    with pytest.raises(ValueError, match=r"prompt 1: the prompt holds the special token <\|Reward\|>"):
+        scorer.score(images=pictures[:2], prompts=["a red circle", "a <|Reward|>"])
 
 
 def test_bad_folders(scorer, tmp_path, backbone):
