@@ -98,7 +98,8 @@ class SpatialScore:
             Mean and standard deviation, float64 [B] each. They do not depend on the other images of the call.
 
         Raises:
-            ValueError: an image cannot be read, a prompt is empty, too long or holds a special token; the message names it.
+            ValueError: an image cannot be read, or a prompt is empty, too long, or has a special token; the
+                message names it.
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images and {len(prompts)} prompts: expected one prompt per image")
