@@ -55,7 +55,7 @@ def test_help_names_every_field_with_default_and_meaning(stage: cli.Stage) -> No
     result = spatialt2i(*stage.name.split(), "--help")
     assert result.exit_code == 0 and stage.help.split()[0] in result.output
     assert all(option in result.output for option in ("--preset", "--run", "--json", "--debug"))
-    starts_work = stage.name not in ("reward score", "rl sample", "report", "doctor")
+    starts_work = stage.name not in ("reward score", "rl sample", "doctor")
     assert ("--if-exists" in result.output) == starts_work
     for row in describe(Config(), stage.sections):
         assert f"  {row.key} = {row.value}\n" in result.output
@@ -100,13 +100,17 @@ def test_if_exists_looks_at_the_stage_alone_or_at_the_whole_run(stage: SimpleNam
     assert (tmp_path / "data" / "x").exists()
     assert spatialt2i("all", "--run", tmp_path, "--if-exists", "delete").exit_code == 0
     assert not (tmp_path / "data").exists()
+    (tmp_path / "report.html").write_text("x")
+    assert spatialt2i("report", "--run", tmp_path, "--if-exists", "raise").exit_code == 1
+    assert spatialt2i("report", "--run", tmp_path, "--if-exists", "delete").exit_code == 0
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_own_options_reach_the_stage(stage: SimpleNamespace) -> None:
     spatialt2i("reward", "score", "--image", "a.png", "--image", "b.png", "--prompt", "x", "--model", "m")
     (_, run, options), = stage.calls
     assert run is None
-    assert options == {"images": (Path("a.png"), Path("b.png")), "prompts": ("x",), "model": "m"}
+    assert options == {"images": (Path("a.png"), Path("b.png")), "prompts": ("x",), "model": "m", "backbone": None}
 
 
 def test_commands_without_a_run_make_no_folder(stage: SimpleNamespace, tmp_path: Path) -> None:

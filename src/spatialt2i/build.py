@@ -80,7 +80,7 @@ def reward_eval(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def reward_score(config: Config, run: RunDir | None, *, images: Sequence[Path], prompts: Sequence[str],
-                 model: str | None) -> dict[str, Any]:
+                 model: str | None, backbone: str | None) -> dict[str, Any]:
     """Scores of image files: mean and std of each, under one prompt or each under its own.
 
     Raises:
@@ -97,7 +97,7 @@ def reward_score(config: Config, run: RunDir | None, *, images: Sequence[Path], 
         _needs(run, "reward", "reward train")
     texts = list(prompts) * len(images) if len(prompts) == 1 else list(prompts)
     pictures = [_open_image(path) for path in images]
-    scores = make_scorer(config, run, model).score(images=pictures, prompts=texts)
+    scores = make_scorer(config, run, model, backbone).score(images=pictures, prompts=texts)
     return {"scores": [
         {"image": str(path), "prompt": text, "mean": float(scores.mean[i]),
          "std": None if scores.std is None else float(scores.std[i])}
@@ -226,13 +226,13 @@ def make_verifier(config: Config) -> Verifier:
     return {"tiny-oracle": TinyOracle}[config.data.verifier]()
 
 
-def make_scorer(config: Config, run: RunDir | None, model: str | None = None) -> Scorer:
-    """The run's SpatialScore, or the one of that folder or hub id."""
+def make_scorer(config: Config, run: RunDir | None, model: str | None = None, backbone: str | None = None) -> Scorer:
+    """The run's SpatialScore, or the one of that folder or hub id, on the body that it names or on ``backbone``."""
     from spatialt2i.reward.scorer import SpatialScore
-    if model is not None:
-        return SpatialScore.from_pretrained(model, device=_device(config))
-    return SpatialScore.from_pretrained(run.path / "reward" / "model", device=_device(config),
-                                        backbone=model_folder(config.reward.backbone), batch=config.reward.score_batch)
+    if model is None:
+        model, backbone = str(run.path / "reward" / "model"), backbone or config.reward.backbone
+    return SpatialScore.from_pretrained(model, device=_device(config), batch=config.reward.score_batch,
+                                        backbone=model_folder(backbone) if backbone else None)
 
 
 def make_policy(config: Config, adapter: Path | None = None) -> Policy:

@@ -26,7 +26,7 @@ class Stage:
         target: the function of `spatialt2i.build` behind it; it gets config, run and ``options``, and returns figures.
         help: one sentence.
         sections: of the config, shown by ``--help``.
-        folders: in the run; what ``--if-exists`` looks at. Empty: the whole run. None: there is no such option.
+        folders: (or files) in the run; what ``--if-exists`` looks at. Empty: the whole run.
         preset: used where neither ``--preset`` nor the run's own config says otherwise.
         makes_run: False where the command works without a run, and never makes its folder.
         options: the command's own.
@@ -37,7 +37,7 @@ class Stage:
     target: str
     help: str
     sections: tuple[str, ...] = ()
-    folders: tuple[str, ...] | None = ()
+    folders: tuple[str, ...] = ()
     preset: str = "tiny"
     makes_run: bool = True
     options: tuple[click.Option, ...] = ()
@@ -59,6 +59,7 @@ SCORE_OPTIONS = (
     click.Option(["--prompt", "prompts"], multiple=True, required=True,
                  help="The prompt of all images, or one per image in the same order."),
     click.Option(["--model"], help="Folder or hub id of a SpatialScore; default: the run's own."),
+    click.Option(["--backbone"], help="Folder or hub id of its pre-trained body; default: the one that it names."),
 )
 SAMPLE_OPTIONS = (
     click.Option(["--prompt", "prompts"], multiple=True, required=True, help="What to draw; may be given many times."),
@@ -84,7 +85,8 @@ STAGES = (
           options=SAMPLE_OPTIONS),
     Stage("bench indomain", "bench_indomain", "Base against tuned generator on held-out prompts, judged by the oracle.",
           ("bench",), ("bench", "eval")),
-    Stage("report", "report", "Write report.html and report.json of the run.", folders=None, options=REPORT_OPTIONS,
+    Stage("report", "report", "Write report.html and report.json of the run.", (),
+          ("report.html", "report.json", "compare.html"), options=REPORT_OPTIONS,
           card=True),
     Stage("all", "all_stages", "Every stage from prompts to report; finished ones are kept.", EVERYTHING, card=True),
     Stage("quickstart", "all_stages", "Every stage, small: the whole loop in minutes on two cores.", EVERYTHING,
@@ -124,7 +126,7 @@ def _command(stage: Stage, name: str) -> click.Command:
         click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
         click.Argument(["overrides"], nargs=-1, metavar="[SECTION.SETTING=VALUE]..."),
     ]
-    if stage.makes_run and stage.folders is not None:
+    if stage.makes_run:
         params.insert(-3, click.Option(
             ["--if-exists"], type=click.Choice(["resume", "raise", "delete"]), default="resume", show_default=True,
             help=f"What to do where {'the run' if not stage.folders else 'this stage of the run'} exists."))
@@ -152,7 +154,7 @@ def _run_command(stage: Stage, given: dict[str, Any]) -> None:
             if not is_run(path):
                 raise RunError(f"{path}: not a run folder; expected one that a stage of spatialt2i made")
         if_exists = given.get("if_exists", "resume")
-        opened = RunDir.open(run, config, if_exists, stages=stage.folders or ()) if run else None
+        opened = RunDir.open(run, config, if_exists, stages=stage.folders) if run else None
         figures = _function(stage)(config, opened, **{o.name: given[o.name] for o in stage.options})
         _show(figures, given["json_file"], _card(opened) if stage.card else None)
     except KeyboardInterrupt:

@@ -69,7 +69,7 @@ class RunDir:
             config: what the run does; it replaces the stored one, from which it may differ in `FREE` settings, and in
                 the sections of stages without results.
             if_exists: "resume" continues, "raise" refuses a folder that has results, "delete" starts afresh.
-            stages: "raise" and "delete" look at the folders of these stages only; none means the whole run.
+            stages: "raise" and "delete" look at these folders and files of the run only; none means the whole run.
 
         Raises:
             RunError: the folder is not a run folder, holds a run of another config, or exists and must not.
@@ -81,7 +81,7 @@ class RunDir:
             raise RunError(f"{path}: is a file; expected a run folder or a new path")
         if is_run(path):
             wanted = [path / s for s in stages] if stages else [path]
-            found = [f for f in wanted if f.is_dir() and any(f.iterdir())]
+            found = [f for f in wanted if _has_results(f)]
             if found and if_exists == "raise":
                 raise RunError(f"{found[0]}: exists already; name another --run, or continue it with --if-exists "
                                "resume, or start afresh with --if-exists delete")
@@ -198,21 +198,24 @@ def _check_config(path: Path, config: Config, doomed: Sequence[Path]) -> None:
     for old, new in zip(describe(stored), describe(config), strict=True):
         section = old.key.rpartition(".")[0]  # empty for the seed, on which everything depends
         results = [path / section] if section else [f for f in path.iterdir() if f.is_dir()]
-        kept = [f for f in results if f not in doomed and f.is_dir() and any(f.iterdir())]
+        kept = [f for f in results if f not in doomed and _has_results(f)]
         if old.value != new.value and old.key not in FREE | EXTENDS and kept:
             raise RunError(f"{path}: was made with another config: {old.key} is {old.value} there and {new.value} now, "
                            f"and {kept[0].name}/ has results. Use the same settings, name another --run, or make the "
                            "stage afresh with --if-exists delete")
 
 
-def _remove(folder: Path) -> None:
+def _has_results(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+def _remove(path: Path) -> None:
     # renamed first, so that a kill in the middle never leaves half a run under its name
-    folder = folder.resolve()
-    trash = folder.with_name(f".{folder.name}.deleted.tmp")
-    if trash.exists():
-        shutil.rmtree(trash)
-    os.replace(folder, trash)
-    shutil.rmtree(trash)
+    path = path.resolve()
+    trash = path.with_name(f".{path.name}.deleted.tmp")
+    _discard(trash)
+    os.replace(path, trash)
+    _discard(trash)
 
 
 def _board(folder: Path) -> Any:

@@ -64,7 +64,8 @@ class SpatialScore:
         model = SpatialScoreModel.from_backbone(body, config=config, seed=0, device=device)
         if model.fingerprint != settings["fingerprint"]:
             raise ValueError(f"{place}: was trained on another body than {body} (fingerprint "
-                             f"{settings['fingerprint']}, found {model.fingerprint}); name its own with backbone=")
+                             f"{settings['fingerprint']}, found {model.fingerprint}); name its own with "
+                             "backbone= (--backbone)")
         load_trained(model, place / WEIGHTS)
         return cls(model, stats=(settings["mean"], settings["std"]), batch=batch or config.score_batch,
                    name=settings["name"])
@@ -150,7 +151,8 @@ def _find_backbone(place: Path, settings: dict) -> str:
         if found.is_dir():
             return str(found)
         if not Path(settings["config"]["backbone"]).is_dir():
-            raise FileNotFoundError(f"{place}: its body is not at {found} any more; name its folder with backbone=")
+            raise FileNotFoundError(f"{place}: its body is not at {found} any more; name its folder with "
+                                    "backbone= (--backbone)")
     return settings["config"]["backbone"]
 
 
