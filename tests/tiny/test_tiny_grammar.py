@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spatialt2i.core.types import Pair
-from spatialt2i.tiny.grammar import MAX_RELATIONS, TinyWriter, alternatives
+from spatialt2i.tiny.grammar import MAX_RELATIONS, TinyWriter, alternatives, applied
 from spatialt2i.tiny.layout import solve
 from spatialt2i.tiny.phrases import OPENERS, PHRASES, render
 from spatialt2i.tiny.world import OBJECTS, PREDICATES, SCENES, margin
@@ -111,10 +111,26 @@ def test_each_scene_breaks_exactly_the_edited_relations(pairs: list[Pair]) -> No
     assert solved > 0.9 * 2 * len(pairs)
 
 
+def test_dependent_edits_are_needed() -> None:
+    """Few are left without which a search finds a scene; a short first search alone would leave one pair in ten."""
+    needless = dependent = 0
+    for i in range(100):
+        prompt = WRITER.write(id=f"n{i}", n_relations=5 + i % 3, seed=3000 + i)
+        pair = WRITER.perturb(prompt=prompt, n_edits=1, seed=i)
+        extra = [e for e in pair.edits if e.dependent] if pair is not None else []
+        dependent += bool(extra)
+        fewer = [applied(prompt.relations, [e for e in pair.edits if e is not one]) for one in extra]
+        needless += any(solve(prompt.objects, relations, prompt.scene, np.random.default_rng(77 + i), tries=40)
+                        for relations in fewer)
+    assert needless <= 2 and dependent >= 10, (needless, dependent)
+
+
 def test_perturbing_follows_from_seeds_and_refuses_too_many_edits() -> None:
     prompt = WRITER.write(id="x", n_relations=3, seed=5)
     assert WRITER.perturb(prompt=prompt, n_edits=1, seed=3) == WRITER.perturb(prompt=prompt, n_edits=1, seed=3)
     assert WRITER.perturb(prompt=prompt, n_edits=4, seed=3) is None
+    many = WRITER.write(id="y", n_relations=7, seed=6)
+    assert len({repr(WRITER.perturb(prompt=many, n_edits=2, seed=4)) for _ in range(3)}) == 1
 
 
 def test_an_edited_clause_keeps_its_phrasing() -> None:

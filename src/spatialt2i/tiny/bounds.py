@@ -33,7 +33,8 @@ def bounds(objects: Sequence[str], relations: Sequence[Relation]) -> np.ndarray 
         float64 [4, N+1, N+1]: along x, y, x + y and x - y, the greatest value of centre i minus centre j; node 0 is the
         origin, node i+1 the i-th object. None where this proves that no scene exists (the converse does not hold).
     """
-    ranges = [radius_range(name, relations, len(objects)) for name in objects]
+    nested = [q for q in relations if q.predicate == "inside"]
+    ranges = [radius_range(name, nested, len(objects)) for name in objects]
     low, high = (np.array([CENTRE, *(r[i] for r in ranges)]) for i in (0, 1))  # the origin is node 0, its radius unused
     index = {name: i for i, name in enumerate(objects, start=1)}
     upper = np.full((4, len(low), len(low)), 2.0 * SIZE)  # [axis, i, j]: greatest value of (centre i - centre j)

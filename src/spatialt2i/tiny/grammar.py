@@ -20,6 +20,8 @@ from spatialt2i.tiny.world import (
 MAX_OBJECTS = 7
 MAX_RELATIONS = 12
 _ATTEMPTS = 16  # random edits of a prompt, before it counts as one that cannot be perturbed
+_TRIES = 8  # restarts of the search for a scene of some edits; most that have one show it so soon
+_PATIENCE = 100  # restarts before a dependent edit is called needed; only pairs that have one pay for them
 # How often a new object is chained to an earlier one by each predicate.
 _LINK_WEIGHTS = {"left of": 3, "right of": 3, "above": 3, "below": 3, "in front of": 1.5, "behind": 1.5,
                  "on top of": 1.5, "next to": 1.5, "between": 1.5}
@@ -201,9 +203,8 @@ def _flip(i: int, r: Relation) -> Edit:
 def _carry_through(prompt: Prompt, edits: list[Edit], rng: np.random.Generator) -> list[Edit] | None:
     """Add the edits that must follow: a clause about an edited object that contradicts its new place is flipped too."""
     for _ in range(3):
-        relations = applied(prompt.relations, edits)
-        if solve(prompt.objects, relations, prompt.scene, rng, tries=8) is not None:
-            return edits
+        if _satisfiable(prompt, edits, rng, tries=_TRIES):
+            return _without_needless(prompt, edits, rng)
         moved = {name for e in edits for name in e.before.names}
         free = [i for i, r in enumerate(prompt.relations) if r.predicate in _OPPOSITE and set(r.names) & moved
                 and i not in {e.index for e in edits}]
@@ -213,3 +214,17 @@ def _carry_through(prompt: Prompt, edits: list[Edit], rng: np.random.Generator) 
         edits = next((e for e in ([*edits, flip] for flip in flips)
                       if bounds(prompt.objects, applied(prompt.relations, e)) is not None), [*edits, flips[0]])
     return None
+
+
+def _satisfiable(prompt: Prompt, edits: Sequence[Edit], rng: np.random.Generator, *, tries: int) -> bool:
+    """Whether a scene of the edited prompt was found."""
+    return solve(prompt.objects, applied(prompt.relations, edits), prompt.scene, rng, tries=tries) is not None
+
+
+def _without_needless(prompt: Prompt, edits: list[Edit], rng: np.random.Generator) -> list[Edit]:
+    """Drop dependent edits without which there is a scene, too: the short search that asked for them had missed it."""
+    for edit in edits:
+        fewer = [e for e in edits if e is not edit]
+        if edit.dependent and _satisfiable(prompt, fewer, rng, tries=_PATIENCE):
+            return _without_needless(prompt, fewer, rng)  # those that were needed beside it may be needless now
+    return edits

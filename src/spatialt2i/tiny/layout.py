@@ -32,7 +32,8 @@ def places(name: str, r: float, z: int, placed: dict[str, Box], relations: Seque
 
     Args:
         name: the object. r: half its size in pixels. z: its depth.
-        placed: where the other objects stand. relations: all of the scene. shared: what `overlapping` returned.
+        placed: where the other objects stand. relations: at least all that name the object. shared: what `overlapping`
+            returned.
         rng: shifts the grid of places by less than a pixel.
         within: least and greatest x, y, x + y and x - y of the centre.
 
@@ -42,13 +43,17 @@ def places(name: str, r: float, z: int, placed: dict[str, Box], relations: Seque
     shift = rng.random(2)
     xs, ys = (np.arange(math.ceil(max(low, r + 1) - by), math.floor(min(high, SIZE - 1 - r) - by) + 1) + by
               for low, high, by in zip(within[0][:2].tolist(), within[1][:2].tolist(), shift.tolist(), strict=True))
-    x, y = np.tile(xs, len(ys)), np.repeat(ys, len(xs))
+    grid = np.empty((2, len(ys), len(xs)))
+    grid[0], grid[1] = xs, ys[:, None]
+    x, y = grid.reshape(2, -1)
     if within is not _ANYWHERE:
         u, v = x + y, x - y
         keep = (u >= within[0][2]) & (u <= within[1][2]) & (v >= within[0][3]) & (v <= within[1][3])
         x, y = x[keep], y[keep]
     touching: set[str] = set()
     for q in relations:
+        if not len(x):  # most restarts of a search end here: nothing else can bring a place back
+            break
         names = q.names
         if name in names:
             if q.predicate in TOUCHING:
@@ -58,6 +63,8 @@ def places(name: str, r: float, z: int, placed: dict[str, Box], relations: Seque
                 keep = MARGINS[q.predicate](*(here if n == name else placed[n] for n in names)) >= MARGIN
                 x, y = x[keep], y[keep]
     for other, box in placed.items():
+        if not len(x):
+            break
         if frozenset((name, other)) not in shared:
             keep = apart(Box(x, y, r), box, 0.0 if other in touching else GAP)
             x, y = x[keep], y[keep]
@@ -89,13 +96,15 @@ def solve(objects: Sequence[str], relations: Sequence[Relation], place: str, rng
     z, shared = depths(relations), overlapping(relations)
     covering = [r.names if r.predicate == "in front of" else r.names[::-1] for r in relations
                 if r.predicate in ("in front of", "behind")]  # (front, back)
-    ranges = {name: radius_range(name, relations, len(objects)) for name in objects}
+    nested = [q for q in relations if q.predicate == "inside"]
+    ranges = {name: radius_range(name, nested, len(objects)) for name in objects}
+    about = {name: [q for q in relations if name in q.names] for name in objects}
     for _ in range(tries):
         placed: dict[str, Box] = {}
         left = room  # shrinks with every object that is placed
         for i, name in enumerate(objects):
             r = rng.uniform(*ranges[name])
-            box = choose(places(name, r, z.get(name, 0), placed, relations, shared, rng, window(left, i)), rng)
+            box = choose(places(name, r, z.get(name, 0), placed, about[name], shared, rng, window(left, i)), rng)
             if box is None:
                 break
             placed[name] = box
