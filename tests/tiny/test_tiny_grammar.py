@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from spatialt2i.core.types import Pair
+from spatialt2i.core.types import Pair, Relation
 from spatialt2i.tiny.grammar import MAX_RELATIONS, TinyWriter, alternatives, applied
 from spatialt2i.tiny.layout import solve
 from spatialt2i.tiny.phrases import OPENERS, PHRASES, render
@@ -65,6 +65,19 @@ def test_written_prompts_can_be_satisfied(prompts: list) -> None:
     easy = [p for p in prompts if len(p.relations) <= 6]
     solved = [solve(p.objects, p.relations, p.scene, np.random.default_rng(0)) is not None for p in easy]
     assert np.mean(solved) > 0.95
+
+
+def test_only_new_objects_are_introduced(prompts: list, pairs: list[Pair]) -> None:
+    texts = [p.text for p in (*prompts, *(q for pair in pairs for q in (pair.perfect, pair.perturbed)))]
+    assert not [t for t in texts if "there is the " in t.lower()]
+    assert sum("there is a " in t.lower() for t in texts) > 0.1 * len(texts)
+
+
+def test_an_object_that_was_named_is_not_introduced_again() -> None:
+    first, second = (Relation("left of", a, (b,)) for a, b in (("red circle", "blue square"), ("blue square", "pink cross")))
+    at = {text.split(". ")[1] for text in (render("on a lawn", (first, second), style) for style in range(200))}
+    assert {"The blue square is left of a pink cross.", "Left of a pink cross is the blue square."} <= at
+    assert not any(clause.startswith("There is") for clause in at)
 
 
 @pytest.mark.parametrize("n", [0, -1, MAX_RELATIONS + 1])

@@ -30,6 +30,7 @@ PHRASES: dict[str, tuple[str, str, str, str]] = {
     for corner in CORNERS
 }
 FRAMES = ("{a} is {r}", "{a} sits {r}", "{r} is {a}", "there is {a} {r}")
+_STATING, _INTRODUCING = 0, 3
 OPENERS = ("{place}, ", "here, {place}, ", "a view {place}: ", "picture this {place}: ")
 
 
@@ -45,7 +46,8 @@ def render(place: str, relations: Sequence[Relation], style: int) -> str:
         place: the scene, for example ``"on a kitchen table"``.
         relations: one clause each, in this order.
         style: seeds the choice of opener, frames and phrasings; the i-th clause keeps its choices whatever the
-            relations are, so two relation lists with one style differ in relation words and object order alone.
+            relations say of its objects, so two relation lists that name the same objects clause by clause differ, with
+            one style, in relation words and object order alone.
     """
     picks = np.random.default_rng(style).integers(0, 4, size=(len(relations) + 1, 2)).tolist()
     seen: set[str] = set()
@@ -57,6 +59,9 @@ def render(place: str, relations: Sequence[Relation], style: int) -> str:
 
     clauses = []
     for relation, (frame, variant) in zip(relations, picks[1:], strict=True):
+        # "there is" introduces, so not what was named already; all names count, since an edit may exchange them
+        if frame == _INTRODUCING and not seen.isdisjoint(relation.names):
+            frame = _STATING
         inverted = FRAMES[frame].startswith("{r}")
         subject = "" if inverted else mention(relation.subject)
         words = [relation_words(relation.predicate, variant)]
