@@ -9,7 +9,7 @@ import pytest
 
 from spatialt2i.core.types import Relation
 from spatialt2i.tiny.bounds import bounds
-from spatialt2i.tiny.grammar import TinyWriter, _edits, applied
+from spatialt2i.tiny.grammar import TinyWriter, _edits, alternatives, applied
 from spatialt2i.tiny.layout import solve
 from spatialt2i.tiny.world import ARITY, MARGIN, MARGINS, PREDICATES, SHAPES, SIDES, Box, apart, covers, margin, outline
 
@@ -21,8 +21,8 @@ def boxes(rng: np.random.Generator, n: int) -> list[Box]:
 
 
 def test_the_world_has_what_it_must_have() -> None:
-    assert {"left of", "right of", "above", "below", "in front of", "behind", "inside", "on top of", "next to", "between",
-            "in the centre"} <= set(PREDICATES)
+    sides, overlaps = {"left of", "right of", "above", "below"}, {"in front of", "behind", "inside"}
+    assert sides | overlaps | {"on top of", "next to", "between", "in the centre"} <= set(PREDICATES)
     assert sum("edge" in p for p in PREDICATES) == sum("corner" in p for p in PREDICATES) == 4
     assert [sum(a == n for a in ARITY.values()) for n in (1, 2, 3)] == [9, 9, 1]
 
@@ -35,7 +35,8 @@ def test_mirrored_predicates_are_mirror_images() -> None:
         assert MARGINS["left of"](a, b) == pytest.approx(MARGINS["right of"](*flipped))
         assert MARGINS["at the left edge"](a) == pytest.approx(MARGINS["at the right edge"](flipped[0]))
         assert MARGINS["in the top left corner"](a) == pytest.approx(MARGINS["in the top right corner"](flipped[0]))
-        assert MARGINS["left of"](a, b) == MARGINS["right of"](b, a) and MARGINS["above"](a, b) == MARGINS["below"](b, a)
+        assert MARGINS["left of"](a, b) == MARGINS["right of"](b, a)
+        assert MARGINS["above"](a, b) == MARGINS["below"](b, a)
 
 
 def test_the_four_sides_and_overlap_exclude_each_other() -> None:
@@ -45,6 +46,29 @@ def test_the_four_sides_and_overlap_exclude_each_other() -> None:
         a, b = Box(a.cx, a.cy, min(a.r, 9.5), a.z), Box(b.cx, b.cy, min(b.r, 9.5), b.z)
         true = [p for p in (*SIDES, "in front of", "behind", "inside") if MARGINS[p](a, b) >= MARGIN]
         assert len([p for p in true if p != "inside"]) <= 1, true
+
+
+@pytest.mark.parametrize("predicate", PREDICATES)
+def test_every_alternative_excludes_what_it_replaces_for_objects_of_every_size(predicate: str) -> None:
+    rng, n, names = np.random.default_rng(3), 20_000, ("red circle", "blue circle", "pink circle")
+    places = []
+    for depth in (0, 1, 0):
+        r = np.where(rng.random(n) < 0.3, rng.uniform(15, 16.5, n), rng.uniform(6, 9.5, n))
+        places.append(Box(rng.uniform(r + 1, 63 - r), rng.uniform(r + 1, 63 - r), r, depth))
+    before = Relation(predicate, names[0], names[1:ARITY[predicate]])
+    options = alternatives(0, before)
+    assert options
+    for after in (e.after for e in options):
+        for order in (places, [*places[1::-1], places[2]]):  # either of the first two is nearer
+            scene = dict(zip(names, order, strict=True))
+            here, there = margin(before, scene), margin(after, scene)
+            assert not ((here >= MARGIN) & (there > 0) | (there >= MARGIN) & (here > 0)).any(), after
+
+
+def test_a_container_is_not_at_two_edges() -> None:
+    corner = Box(20.0, 20.0, 16.0)
+    assert MARGINS["at the left edge"](corner) < 0 and MARGINS["at the top edge"](corner) < 0
+    assert MARGINS["at the left edge"](Box(18.0, 32.0, 16.0)) >= MARGIN
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -111,7 +111,8 @@ def _centre(a: Box) -> np.ndarray:
 
 
 def _left_edge(a: Box) -> np.ndarray:
-    return np.minimum(6 - (a.cx - a.r), 15 - np.abs(a.cy - CENTRE))
+    # a container has less room along the edge, so that none is at two edges at once
+    return np.minimum(6 - (a.cx - a.r), np.minimum(15, 24.5 - a.r) - np.abs(a.cy - CENTRE))
 
 
 def _top_left(a: Box) -> np.ndarray:
