@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 
@@ -74,7 +75,8 @@ def test_only_new_objects_are_introduced(prompts: list, pairs: list[Pair]) -> No
 
 
 def test_an_object_that_was_named_is_not_introduced_again() -> None:
-    first, second = (Relation("left of", a, (b,)) for a, b in (("red circle", "blue square"), ("blue square", "pink cross")))
+    names = ("red circle", "blue square", "pink cross")
+    first, second = (Relation("left of", a, (b,)) for a, b in itertools.pairwise(names))
     at = {text.split(". ")[1] for text in (render("on a lawn", (first, second), style) for style in range(200))}
     assert {"The blue square is left of a pink cross.", "Left of a pink cross is the blue square."} <= at
     assert not any(clause.startswith("There is") for clause in at)

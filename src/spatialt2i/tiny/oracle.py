@@ -149,8 +149,10 @@ def _litter(pixels: np.ndarray, labels: np.ndarray, found: dict[str, Found]) -> 
     Within `_RIM` of an object's outline anything may be; farther inside only its own colour, or that of an object which
     lies over it.
     """
-    ground = np.median(pixels[labels == 0], axis=0) if (labels == 0).any() else np.full(3, np.inf)
-    strange = ((pixels - ground) ** 2).sum(-1) > _GROUND_RADIUS**2
+    light = pixels[labels == 0]
+    ground = np.median(light, axis=0).astype(np.float32) if len(light) else np.full(3, np.inf, dtype=np.float32)
+    away = pixels - ground
+    strange = np.einsum("yxc,yxc->yx", away, away) > _GROUND_RADIUS**2
     rows, columns = np.nonzero(strange)
     explained = np.zeros(len(rows), dtype=bool)
     for index, colour in enumerate(COLOURS, start=1):
