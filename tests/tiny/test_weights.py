@@ -30,6 +30,16 @@ def test_flux_draws_with_the_stock_pipeline():
     assert (pictures[0] == pictures[1]).all()
 
 
+def test_flux_draws_what_is_named():
+    pipeline = FluxPipeline.from_pretrained(WEIGHTS / "tiny-flux", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [TinyWriter().write(id=f"named-{i}", n_relations=2 + i % 2, seed=400 + i) for i in range(24)]
+    images = pipeline([p.text for p in prompts], height=64, width=64, num_inference_steps=12, max_sequence_length=40,
+                      generator=torch.Generator().manual_seed(0)).images
+    verdicts = TinyOracle().verify(images=images, prompts=prompts)
+    assert np.mean([there for v in verdicts for there in v.present]) > 0.8
+
+
 def test_a_picture_that_went_through_the_autoencoder_is_still_clean():
     vae = AutoencoderKL.from_pretrained(WEIGHTS / "tiny-flux" / "vae")
     prompts = [TinyWriter().write(id=f"vae-{i}", n_relations=1 + i % 5, seed=70 + i) for i in range(24)]
