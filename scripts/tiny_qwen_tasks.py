@@ -1,6 +1,7 @@
 """What the tiny Qwen2.5-VL is pre-trained on: statements about pictures judged in place, and descriptions in chat form.
 
-No preference pair is ever made here: every picture stands alone, and no text is judged as a whole.
+No preference pair is ever made here: every picture stands alone. In half of the pictures objects are broken as a
+generator breaks them (see tiny_qwen_spoil.py); what is said about a broken object is false.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ from transformers import PreTrainedTokenizerBase
 from spatialt2i.core.run import progress, seed_of
 from spatialt2i.core.types import Relation
 from spatialt2i.tiny.grammar import TinyWriter
-from spatialt2i.tiny.painter import TinyPainter, paint
+from spatialt2i.tiny.painter import TinyPainter
 from spatialt2i.tiny.phrases import render
 from spatialt2i.tiny.world import (
     ARITY, COLOURS, MARGIN, MARGINS, OBJECTS, PREDICATES, SCENES, SIDES, SIZE, Box, Scene, margin,
 )
 from tiny_corpus import object_map
+from tiny_qwen_spoil import Picture, spoil
 
 BINS = 16  # coordinates are told in sixteenths of the canvas
 DESCRIBED = 0.2  # share of pictures that are described and asked about in chat form; the others are judged in place
 ABSENT = 0.05  # share of statements about an object that is not in the picture
 RELATIONS = np.array([0, 1, 503, 3348, 10572, 15572, 19054, 13829, 11056, 3430, 1428, 357], dtype=float)
-_OFTEN = (*SIDES, "in front of", "behind")
-_WEIGHTS = np.array([3.0 if p in _OFTEN else 1.5 if ARITY[p] > 1 else 0.4 for p in PREDICATES])
+_OFTEN = dict.fromkeys(SIDES, 3.0) | {"in front of": 5.0, "behind": 5.0}  # depth is the hardest to see
+_WEIGHTS = np.array([_OFTEN.get(p, 1.5 if ARITY[p] > 1 else 0.4) for p in PREDICATES])
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Batch:
         related: int64 [N, 6], row, position, x and y of the clause's other object, x and y of their difference.
         cells: float32 [B, visual tokens, objects], which objects have their centre there.
         map: int64 [B, visual tokens, points], what is visible at points four pixels apart: 1 + position in `OBJECTS`,
-            or 0.
+            0 for nothing, -100 (not asked) where something broken is.
     """
 
     images: np.ndarray
@@ -104,8 +106,12 @@ def truths(scene: Scene) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def statements(scene: Scene, n: int, rng: np.random.Generator, true_share: float = 0.5) -> list[tuple[Relation, bool]]:
-    """n relations, a share of them true; half of the false ones are true ones with their objects exchanged."""
+def statements(scene: Scene, n: int, rng: np.random.Generator, true_share: float = 0.5,
+               broken: frozenset[str] = frozenset()) -> list[tuple[Relation, bool]]:
+    """n relations, a share of them true; half of the false ones are true ones with their objects exchanged.
+
+    What would be true of a broken object is false.
+    """
     names, facts, found = list(scene.boxes), truths(scene), []
     while len(found) < n:
         p = PREDICATES[int(rng.choice(len(PREDICATES), p=_WEIGHTS / _WEIGHTS.sum()))]
@@ -119,7 +125,7 @@ def statements(scene: Scene, n: int, rng: np.random.Generator, true_share: float
         if not true and rng.random() < 2 * ABSENT:
             others = [o for o in OBJECTS if o not in scene.boxes]
             who[int(rng.integers(len(who)))] = others[int(rng.integers(len(others)))]
-        found.append((Relation(p, who[0], tuple(who[1:])), true))
+        found.append((Relation(p, who[0], tuple(who[1:])), true and broken.isdisjoint(who)))
     return found
 
 
@@ -133,9 +139,14 @@ def whereabouts(scene: Scene) -> dict[str, tuple[int, int, int]]:
     return {name: (*_bins(box.cx, box.cy), depth[name]) for name, box in scene.boxes.items()}
 
 
-def visible(scene: Scene, grid: int) -> np.ndarray:
-    """What is visible at points four pixels apart, by the visual token that holds them: int64 [grid^2, points]."""
+def visible(scene: Scene, grid: int, untold: np.ndarray) -> np.ndarray:
+    """What is visible at points four pixels apart, by the visual token that holds them: int64 [grid^2, points].
+
+    Args:
+        untold: bool [64, 64], pixels that are not told (-100).
+    """
     shown = object_map(scene).astype(np.int64)
+    shown[untold[2::4, 2::4]] = -100
     side = len(shown) // grid
     return shown.reshape(grid, side, grid, side).swapaxes(1, 2).reshape(grid**2, side**2)
 
@@ -170,14 +181,18 @@ class Tasks:
         n, rows = int(rng.integers(4, 10)), []
         for row in range(size):
             scene = varied(self.scenes[int(rng.integers(len(self.scenes)))], rng)
-            images[row] = paint(scene, rng)
-            shown[row], where = visible(scene, self.grid), whereabouts(scene)
+            picture = spoil(scene, rng)
+            images[row] = picture.pixels
+            shown[row], where = visible(scene, self.grid, picture.touched), whereabouts(scene)
+            for name in picture.broken:
+                where.pop(name)
             self._look(row, scene, where, cells, found)
             chat = row < round(DESCRIBED * size)
-            ids = self._chat(row, scene, found, rng) if chat else self._judge(row, scene, n, found, rng)
+            ids = (self._chat(row, scene, picture, found, rng) if chat
+                   else self._judge(row, scene, picture, n, found, rng))
             for at, token in enumerate(ids):
                 name = OBJECTS[self.objects[token]] if self.objects[token] >= 0 else None
-                if name in scene.boxes:
+                if name in where:
                     found["mentions"].append((row, at, *where[name]))
             rows.append(ids)
         longest = max(len(ids) for ids in rows)
@@ -189,7 +204,8 @@ class Tasks:
     def _look(self, row: int, scene: Scene, where: dict[str, tuple[int, int, int]], cells: np.ndarray,
               found: dict) -> None:
         at: dict[int, list[str]] = {}
-        for name, b in scene.boxes.items():
+        for name in where:
+            b = scene.boxes[name]
             cell = int(b.cy * self.grid / SIZE) * self.grid + int(b.cx * self.grid / SIZE)
             cells[row, cell, OBJECTS.index(name)] = 1
             at.setdefault(cell, []).append(name)
@@ -197,42 +213,47 @@ class Tasks:
             if len(names) == 1:
                 found["seen"].append((row, self.picture_at + cell, *where[names[0]]))
 
-    def _judge(self, row: int, scene: Scene, n: int, found: dict, rng: np.random.Generator) -> list[int]:
+    def _judge(self, row: int, scene: Scene, picture: Picture, n: int, found: dict,
+               rng: np.random.Generator) -> list[int]:
         """A text of n clauses as prompts have them; the truth of each is asked for at its last token.
 
-        Half of the texts follow the word "judge" and are answered with the number of false clauses.
+        Half of the texts follow the word "judge" and are answered with the number of false clauses, and one more where
+        litter lies about.
         """
         counted, mostly_true = (rng.random(2) < 0.5).tolist()
-        facts = statements(scene, n, rng, true_share=0.85 if mostly_true else 0.5)
+        facts = statements(scene, n, rng, true_share=0.85 if mostly_true else 0.5, broken=picture.broken)
         clauses = render(scene.place, [fact for fact, _ in facts], int(rng.integers(2**62))).split(". ")
         ids = [*self.head, self.ids["judge"]] if counted else list(self.head)
         for clause, (fact, true) in zip(clauses, facts, strict=True):
             ids += self._tokens(clause)
-            self._state(row, len(ids) - 1, ids, scene, fact, true, found)
-        wrong = sum(not true for _, true in facts)
+            self._state(row, len(ids) - 1, ids, scene, picture, fact, true, found)
+        wrong = sum(not true for _, true in facts) + picture.litter
         return self._say(row, ids + self.answer, [self.ids[str(wrong)]], found) if counted else ids
 
-    def _state(self, row: int, at: int, ids: list[int], scene: Scene, fact: Relation, true: bool, found: dict) -> None:
+    def _state(self, row: int, at: int, ids: list[int], scene: Scene, picture: Picture, fact: Relation, true: bool,
+               found: dict) -> None:
         found["judged"].append((row, at, int(true), PREDICATES.index(fact.predicate)))
-        if fact.objects and all(name in scene.boxes for name in fact.names):
+        if fact.objects and all(name in scene.boxes and name not in picture.broken for name in fact.names):
             a, b = scene.boxes[fact.subject], scene.boxes[fact.objects[-1]]
             here = OBJECTS[self.objects[ids[at]]]
             other = a if here != fact.subject else b
             apart = int((a.cx - b.cx + SIZE) * BINS / (2 * SIZE)), int((a.cy - b.cy + SIZE) * BINS / (2 * SIZE))
             found["related"].append((row, at, *_bins(other.cx, other.cy), *apart))
 
-    def _chat(self, row: int, scene: Scene, found: dict, rng: np.random.Generator) -> list[int]:
-        """"describe": every object from left to right with its place; then a few statements, one turn each."""
+    def _chat(self, row: int, scene: Scene, picture: Picture, found: dict, rng: np.random.Generator) -> list[int]:
+        """"describe": every whole object from left to right with its place; then a few statements, one turn each."""
         ids = [*self.head, self.ids["describe"], *self.answer]
         said = []
         for name, box in sorted(scene.boxes.items(), key=lambda item: item[1].cx):
+            if name in picture.broken:
+                continue
             x, y = _bins(box.cx, box.cy)
             said += [self.ids[name], self.ids[str(x)], self.ids[str(y)]]
         ids = self._say(row, ids, said, found)
-        for fact, true in statements(scene, 2, rng):
+        for fact, true in statements(scene, 2, rng, broken=picture.broken):
             clause = render(scene.place, [fact], int(rng.integers(2**62)))
             ids += [*self._tokens("<|im_start|>user\n"), *self._tokens(clause)]
-            self._state(row, len(ids) - 1, ids, scene, fact, true, found)
+            self._state(row, len(ids) - 1, ids, scene, picture, fact, true, found)
             ids = self._say(row, ids + self.answer, [self.ids["yes" if true else "no"]], found)
         return ids
 

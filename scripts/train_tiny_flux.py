@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from _checkpoint import load_state, save_state
+from _checkpoint import load_state, make_optimizers, save_state
 from spatialt2i.core.run import atomic_path, file_hash, progress, seed_of
 from spatialt2i.tiny.tokenizer import CLIP_LENGTH, make_tokenizer
 from spatialt2i.tiny.world import OBJECTS
@@ -169,9 +169,9 @@ def make_latents(args: argparse.Namespace, vae: AutoencoderKL) -> np.ndarray:
 def train_flow(args: argparse.Namespace) -> None:
     """Flow matching on v = noise - picture, a tenth of the captions left empty, plus the auxiliary reader.
 
-    Muon (as torch has it) trains the blocks' matrices, AdamW the rest: at equal steps it learns what is drawn where
-    about twice as fast as AdamW alone. From step ``args.guide_from`` on the target carries classifier-free guidance,
-    so that the guidance input means what it means in FLUX.1-dev. The forward and backward passes run on a copy of the weights in ``args.dtype``; the optimizer keeps float32 ones.
+    From step ``args.guide_from`` on the target carries classifier-free guidance, so that the guidance input means what
+    it means in FLUX.1-dev. The forward and backward passes run on a copy of the weights in ``args.dtype``; the
+    optimizers keep float32 ones.
     """
     torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.out / "vae")
@@ -179,11 +179,7 @@ def train_flow(args: argparse.Namespace) -> None:
     maps, tokens = np.load(args.corpus / "maps.npy"), np.load(args.corpus / "tokens.npy", mmap_mode="r")
     flow = Flow()
     average = {k: v.clone() for k, v in flow.state_dict().items()}
-    matrices = [p for n, p in flow.named_parameters() if p.ndim == 2 and "block" in n and "relative" not in n]
-    rest = [p for p in flow.parameters() if not any(p is m for m in matrices)]
-    optimizers = [
-        torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3),
-        torch.optim.Muon(matrices, lr=args.lr, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw")]
+    optimizers = make_optimizers(flow, lr=args.lr, lr_matrices=args.lr_matrices)
     state = args.out / "flow_state.safetensors"
     start = load_state(state, module=flow, average=average, optimizers=optimizers)
     worker = Flow().to(getattr(torch, args.dtype))

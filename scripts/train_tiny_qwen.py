@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -19,20 +20,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from _checkpoint import load_state, save_state
-from spatialt2i.core.run import progress, versions, write_json
+from _checkpoint import load_state, make_optimizers, save_state
+from spatialt2i.core.run import progress, tree_hash, versions, write_json
 from spatialt2i.core.store import append_jsonl
 from spatialt2i.reward.pixels import PixelReader
-from spatialt2i.tiny.qwen import make_tiny_qwen
+from spatialt2i.tiny.qwen import MERGE, PATCH, make_tiny_qwen
 from spatialt2i.tiny.tokenizer import make_tokenizer
-from spatialt2i.tiny.world import OBJECTS, PREDICATES
+from spatialt2i.tiny.world import OBJECTS, PREDICATES, SIZE
 from tiny_qwen_tasks import BINS, Batch, Tasks, layouts
 
 SEEN, MENTIONED, RELATED = 1, 2, 3  # layers of the language model whose output the helpers read
+GRID = SIZE // (PATCH * MERGE)  # visual tokens along a side
+SHIPPED_VAE = Path(__file__).parent.parent / "src" / "spatialt2i" / "tiny" / "weights" / "tiny-flux" / "vae"
+REPAINTED = 0.15  # share of pictures that went through the autoencoder, as everything that tiny-flux draws does
 
 
 class Lesson(nn.Module):
@@ -138,14 +143,27 @@ def averaged(lesson: Lesson, average: dict[str, Tensor]) -> None:
     lesson.load_state_dict({k: average[k].clone() for k in lesson.state_dict()})
 
 
+def repaint(vae: AutoencoderKL, images: np.ndarray, seed: int) -> None:
+    """Put the last pictures of uint8 [B, 64, 64, 3] through the autoencoder, its latents a little disturbed."""
+    some = images[-round(REPAINTED * len(images)):]
+    x = torch.from_numpy(some).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        z = vae.encode(x).latent_dist.mean
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
+        y = vae.decode(z + 0.1 * z.std() * noise).sample
+    some[:] = ((y.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the model's folder")
     parser.add_argument("--work", type=Path, required=True, help="where the state of the training is kept")
+    parser.add_argument("--vae", type=Path, default=SHIPPED_VAE, help="the autoencoder's folder")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr-matrices", type=float, default=3e-3, help="peak learning rate of Muon")
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--layouts", type=int, default=8000)
     parser.add_argument("--average", type=float, default=0.998, help="decay of the averaged weights that are kept")
@@ -170,27 +188,31 @@ def main() -> None:
     # eager: the backward pass of the CPU's attention kernel is slow in bfloat16, plain products are not
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, attn_implementation="eager")
     reader = PixelReader(Qwen2VLImageProcessorPil.from_pretrained(start), max_pixels=64 * 64)
-    sets = {split: Tasks(layouts(n, seed=args.seed, split=split), tokenizer=tokenizer, grid=4, seed=args.seed,
+    sets = {split: Tasks(layouts(n, seed=args.seed, split=split), tokenizer=tokenizer, grid=GRID, seed=args.seed,
                          split=split) for split, n in {"train": args.layouts, "held-out": 1000}.items()}
     torch.manual_seed(args.seed)
     lesson = Lesson(model, tasks=sets["train"], reader=reader).train()
-    optimizer = torch.optim.AdamW(lesson.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = make_optimizers(lesson, lr=args.lr, lr_matrices=args.lr_matrices)
+    vae = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32).eval()
     average = {k: v.clone() for k, v in lesson.state_dict().items()}
     state = args.work / "state.safetensors"
-    first = load_state(state, module=lesson, average=average, optimizers=[optimizer])
+    first = load_state(state, module=lesson, average=average, optimizers=optimizers)
     began, bar = time.monotonic(), progress(args.steps, desc="tiny-qwen", initial=first)
     for step in range(first, args.steps):
         rate = min(1, (step + 1) / args.warmup) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / args.steps)))
-        optimizer.param_groups[0]["lr"] = args.lr * rate
+        batch = sets["train"].batch(step, args.batch)
         with mixed(dtype):
-            losses, right = lesson(sets["train"].batch(step, args.batch))
+            repaint(vae, batch.images, step)
+            losses, right = lesson(batch)
         total = sum(losses.values())
         if not torch.isfinite(total):
             sys.exit(f"update {step}: the loss is {total.item()}; lower --lr and start again from {state}")
-        optimizer.zero_grad()
+        lesson.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(lesson.parameters(), 1.0)
-        optimizer.step()
+        for optimizer, peak in zip(optimizers, (args.lr, args.lr_matrices), strict=True):
+            optimizer.param_groups[0]["lr"] = peak * rate
+            optimizer.step()
         decay = min(args.average, step / (step + 10))
         for k, v in lesson.state_dict().items():
             average[k].lerp_(v, 1 - decay)
@@ -202,7 +224,7 @@ def main() -> None:
                                                        **judge(lesson, sets["held-out"], batches=4, size=args.batch)})
             lesson.load_state_dict(kept)
         if done % args.save_every == 0 or done == args.steps or late:
-            save_state(state, step=done, module=lesson, average=average, optimizers=[optimizer])
+            save_state(state, step=done, module=lesson, average=average, optimizers=optimizers)
         bar.set_postfix(right=f"{right.mean():.3f}", **{k: f"{v:.2f}" for k, v in losses.items()}, refresh=False)
         bar.update()
         if late:
@@ -213,13 +235,13 @@ def main() -> None:
     make_tiny_qwen(args.out, tokenizer=tokenizer, seed=args.seed)
     model.save_pretrained(args.out)
     digest = hashlib.sha256((args.out / "model.safetensors").read_bytes()).hexdigest()
-    data = hashlib.sha256(sets["train"].batch(0, 8).images.tobytes()).hexdigest()
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "minutes", "threads")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "vae", "minutes", "threads")}
+    options = shlex.join(f"--{k.replace('_', '-')}={v}" for k, v in settings.items())
     write_json(args.out / "manifest.json", {
-        "command": f"python scripts/train_tiny_qwen.py --steps {args.steps} --batch {args.batch} --seed {args.seed}",
-        "seed": args.seed, "config": settings,
+        "command": f"python scripts/train_tiny_qwen.py --out OUT --work WORK {options}",
+        "seed": args.seed, "config": settings, "autoencoder_sha256": tree_hash(args.vae),
         "dtype": str(dtype), "parameters": sum(p.numel() for p in model.parameters()), "sha256": digest,
-        "data_sha256": data, "metrics": found, "versions": versions()})
+        "data_sha256": hashlib.sha256(repr(sets["train"].scenes).encode()).hexdigest(), "metrics": found, "versions": versions()})
 
 
 if __name__ == "__main__":

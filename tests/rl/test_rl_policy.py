@@ -157,6 +157,20 @@ def test_pictures_depend_on_prompt_and_seed_not_on_the_batch(make_policy):
     assert np.abs(pixels([one]) - pixels(both[:1])).max() <= 1
 
 
+def test_images_of_a_prompt_may_start_from_the_same_noise(make_policy):
+    same = make_policy(same_start=True)
+    rollout, usual = (p.sample(prompts=prompts_of(0), group=3, seeds=SEEDS) for p in (same, make_policy()))
+    starts = rollout.latents[:, :, 0]
+    assert torch.equal(starts, starts[:, :1].expand_as(starts)) and torch.equal(starts[:, 0], usual.latents[:, 0, 0])
+    assert not torch.equal(starts[0], starts[1])
+    ends = rollout.latents[0, :, -1]
+    assert not torch.equal(ends[0], ends[1]) and torch.equal(rollout.latents[:, 0], usual.latents[:, 0])
+    rows = all_rows(rollout, range(3))
+    torch.testing.assert_close(same.log_prob(rollout=rollout, rows=rows)[0], rollout.log_probs[tuple(rows.T)])
+    images = [p.generate(prompts=prompts_of(0), seeds=[1, 2]) for p in (same, make_policy())]
+    assert np.array_equal(pixels(images[0]), pixels(images[1]))
+
+
 def test_the_base_model_is_the_policy_with_its_adapter_off(policy, make_policy):
     rollout = policy.sample(prompts=prompts_of(0), group=3, seeds=SEEDS)
     rows = all_rows(rollout, [0, 2])

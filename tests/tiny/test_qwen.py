@@ -4,14 +4,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
+from spatialt2i.core.types import Prompt
+from spatialt2i.tiny.oracle import TinyOracle
+from spatialt2i.tiny.painter import paint
 from spatialt2i.tiny.qwen import make_tiny_qwen
 from spatialt2i.tiny.tokenizer import make_tokenizer
 from spatialt2i.tiny.world import MARGIN, OBJECTS, PREDICATES, margin
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import tiny_qwen_tasks as lessons  # noqa: E402
+from tiny_qwen_spoil import spoil  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +26,7 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def tasks(scenes):
-    return lessons.Tasks(scenes, tokenizer=make_tokenizer(max_length=512), grid=4, seed=0, split="test")
+    return lessons.Tasks(scenes, tokenizer=make_tokenizer(max_length=512), grid=8, seed=0, split="test")
 
 
 def test_stock_classes_read_the_folder_and_generate(tmp_path):
@@ -33,7 +38,7 @@ def test_stock_classes_read_the_folder_and_generate(tmp_path):
         assert torch.equal(weight, model.state_dict()[name]), name
     pixels = processor(images=[np.zeros((64, 64, 3), np.uint8)], return_tensors="pt")
     assert pixels["image_grid_thw"].tolist() == [[1, 8, 8]]
-    text = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>describe<|im_end|>"
+    text = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 64 + "<|vision_end|>describe<|im_end|>"
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, **pixels,
                          mm_token_type_ids=(ids == model.config.image_token_id).int())
@@ -78,7 +83,7 @@ def test_batches_repeat_and_point_at_what_they_mean(tasks):
         assert set(batch.map[r, c]) - {0}  # an object's centre is there, so something is to be seen
     row, cell = batch.seen[:, 0], batch.seen[:, 1] - tasks.picture_at
     assert (batch.cells[row, cell].sum(1) == 1).all()
-    assert np.array_equal(cell % 4, batch.seen[:, 2] // 4) and np.array_equal(cell // 4, batch.seen[:, 3] // 4)
+    assert np.array_equal(cell % 8, batch.seen[:, 2] // 2) and np.array_equal(cell // 8, batch.seen[:, 3] // 2)
     answers = batch.spoken[batch.spoken[:, 0] == 0]
     words = tasks.tokenizer.convert_ids_to_tokens(answers[:, 2].tolist())
     assert set(words) & set(OBJECTS) and {"yes", "no"} & set(words) and words[-1] == "<|im_end|>"
@@ -94,3 +99,38 @@ def test_depths_are_the_worlds(scenes):
                         margin(lessons.Relation("in front of", a, (b,)), scene.boxes) > 0]
             assert (depth[a] == 1) == bool(in_front)
             assert all(depth[b] == 2 for b in in_front)
+
+
+def test_what_is_broken_is_not_to_be_seen_and_the_rest_is(scenes):
+    rng, whole, broken, clean = np.random.default_rng(0), [], [], {True: [], False: []}
+    for scene in [lessons.varied(s, rng) for s in scenes] * 12:
+        picture = spoil(scene, rng)
+        assert picture.touched.any() == bool(picture.broken or picture.litter)
+        names = tuple(scene.boxes)
+        asked = Prompt("x", "x", scene.place, tuple(lessons.Relation("in the centre", n) for n in names))
+        verdict = TinyOracle().verify(images=[Image.fromarray(picture.pixels)], prompts=[asked])[0]
+        for name, present in zip(asked.objects, verdict.present, strict=True):
+            (broken if name in picture.broken else whole).append(present)
+        if not picture.broken:
+            clean[picture.litter].append(verdict.clean)
+    assert np.mean(whole) > 0.9 and np.mean(broken) < 0.25
+    assert np.mean(clean[False]) > 0.95 and np.mean(clean[True]) < 0.3
+
+
+def test_statements_about_broken_objects_are_false(scenes):
+    rng = np.random.default_rng(0)
+    for scene in scenes:
+        name = next(iter(scene.boxes))
+        found = lessons.statements(scene, 60, rng, broken=frozenset([name]))
+        assert not any(true for relation, true in found if name in relation.names)
+        assert any(true for _, true in found) or len(scene.boxes) < 3
+
+
+def test_a_picture_without_faults_is_the_painters(scenes, monkeypatch):
+    import tiny_qwen_spoil
+    monkeypatch.setattr(tiny_qwen_spoil, "SPOILT", 0)
+    monkeypatch.setattr(tiny_qwen_spoil, "LITTERED", 0)
+    picture = spoil(scenes[0], np.random.default_rng(3))
+    light = int(np.random.default_rng(3).integers(2**62))
+    assert np.array_equal(picture.pixels, paint(scenes[0], np.random.default_rng(light)))
+    assert not picture.broken and not picture.litter and not picture.touched.any()

@@ -124,7 +124,9 @@ class FluxPolicy:
                              f"got rows of {[len(row) for row in seeds]}")
         flat = [seed for row in seeds for seed in row]
         owners = [prompt for prompt in prompts for _ in range(group)]
-        parts = [self._denoise(prompts=owners[i:j], seeds=flat[i:j], sigmas=self.sigmas, noisy=self._noisy)
+        starts = [row[0] for row in seeds for _ in row] if self._config.same_start else flat
+        parts = [self._denoise(prompts=owners[i:j], seeds=flat[i:j], starts=starts[i:j], sigmas=self.sigmas,
+                               noisy=self._noisy)
                  for i, j in self._batches(len(flat))]
         latents, log_probs = (torch.cat(part).unflatten(0, (len(prompts), group)) for part in zip(*parts, strict=True))
         return Rollout(list(prompts), [], latents, log_probs, self.sigmas)
@@ -141,7 +143,8 @@ class FluxPolicy:
         sigmas = self._schedule(self._config.eval_steps)
         images = []
         for i, j in self._batches(len(prompts)):
-            latents, _ = self._denoise(prompts=prompts[i:j], seeds=seeds[i:j], sigmas=sigmas, noisy=range(0))
+            latents, _ = self._denoise(prompts=prompts[i:j], seeds=seeds[i:j], starts=seeds[i:j], sigmas=sigmas,
+                                       noisy=range(0))
             images += self._decode(latents[:, -1])
         return images
 
@@ -228,12 +231,17 @@ class FluxPolicy:
         return v.float()
 
     @torch.no_grad()
-    def _denoise(self, *, prompts: Sequence[Prompt], seeds: Sequence[int], sigmas: Tensor,
+    def _denoise(self, *, prompts: Sequence[Prompt], seeds: Sequence[int], starts: Sequence[int], sigmas: Tensor,
                  noisy: range) -> tuple[Tensor, Tensor]:
-        """B trajectories: latents [B, T+1, S, C] and log-probs [B, T] (NaN at steps without noise)."""
+        """B trajectories: latents [B, T+1, S, C] and log-probs [B, T] (NaN at steps without noise).
+
+        Seeds draw the noise of the steps, ``starts`` the initial noise.
+        """
         embeds = self._encode(prompts)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         x = self._noise(generators)
+        if starts != seeds:  # the draws above count: the noise of the steps is the same either way
+            x = self._noise([torch.Generator("cpu").manual_seed(seed) for seed in starts])
         steps = len(sigmas) - 1
         latents = x.new_empty(len(x), steps + 1, *x.shape[1:])
         log_probs = x.new_full((len(x), steps), torch.nan)

@@ -10,7 +10,7 @@ from spatialt2i.core.run import write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
-PATCH, MERGE = 8, 2  # a 64 x 64 picture becomes 64 patches and 16 visual tokens
+PATCH, MERGE = 8, 1  # a 64 x 64 picture becomes 64 patches and as many visual tokens
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -49,7 +49,7 @@ def make_tiny_qwen(folder: Path, *, tokenizer: PreTrainedTokenizerBase, seed: in
             "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
             "max_position_embeddings": 2048, "tie_word_embeddings": True,
             "bos_token_id": None, "eos_token_id": ids[1], "pad_token_id": tokenizer.pad_token_id,
-            # A small base and few temporal frequencies leave height and width frequencies that tell apart the four
+            # A small base and few temporal frequencies leave height and width frequencies that tell apart the eight
             # rows and columns of visual tokens; the published base would turn all of them by less than a degree.
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0,
                                 "mrope_section": [half // 8, half * 3 // 8, half // 2]},
