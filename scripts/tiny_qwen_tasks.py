@@ -23,6 +23,7 @@ from tiny_corpus import object_map
 from tiny_qwen_spoil import Picture, spoil
 
 BINS = 16  # coordinates are told in sixteenths of the canvas
+MOST_CLAUSES = 9  # of a text that is judged
 DESCRIBED = 0.2  # share of pictures that are described and asked about in chat form; the others are judged in place
 ABSENT = 0.05  # share of statements about an object that is not in the picture
 RELATIONS = np.array([0, 1, 503, 3348, 10572, 15572, 19054, 13829, 11056, 3430, 1428, 357], dtype=float)
@@ -38,6 +39,7 @@ class Batch:
         images: uint8 [B, 64, 64, 3].
         input_ids: int64 [B, L], padded on the right.
         judged: int64 [N, 4], row, position, 1 for true or 0 for false, predicate.
+        tallied: int64 [N, 3], row, position, how many clauses of a text after "judge" were false up to there.
         spoken: int64 [N, 3], row, position, id of the next token of an answer.
         mentions: int64 [N, 5], row, position of an object's name, its x and y, and whether it covers part of another
             object (1), is covered (2), or neither (0).
@@ -51,6 +53,7 @@ class Batch:
     images: np.ndarray
     input_ids: np.ndarray
     judged: np.ndarray
+    tallied: np.ndarray
     spoken: np.ndarray
     mentions: np.ndarray
     seen: np.ndarray
@@ -176,9 +179,10 @@ class Tasks:
         rng = np.random.default_rng(seed_of(self.seed, "tiny-qwen", self.split, "batch", step))
         images = np.empty((size, SIZE, SIZE, 3), dtype=np.uint8)
         cells = np.zeros((size, self.grid**2, len(OBJECTS)), dtype=np.float32)
-        found: dict[str, list[tuple[int, ...]]] = {k: [] for k in ("judged", "spoken", "mentions", "seen", "related")}
+        widths = {"judged": 4, "tallied": 3, "spoken": 3, "mentions": 5, "seen": 5, "related": 6}
+        found: dict[str, list[tuple[int, ...]]] = {k: [] for k in widths}
         shown = np.empty((size, self.grid**2, (SIZE // 4 // self.grid)**2), dtype=np.int64)
-        n, rows = int(rng.integers(4, 10)), []
+        n, rows = int(rng.integers(2, MOST_CLAUSES + 1)), []
         for row in range(size):
             scene = varied(self.scenes[int(rng.integers(len(self.scenes)))], rng)
             picture = spoil(scene, rng)
@@ -197,7 +201,6 @@ class Tasks:
             rows.append(ids)
         longest = max(len(ids) for ids in rows)
         input_ids = np.array([ids + [self.tokenizer.pad_token_id] * (longest - len(ids)) for ids in rows])
-        widths = {"judged": 4, "spoken": 3, "mentions": 5, "seen": 5, "related": 6}
         arrays = {k: np.array(v, dtype=np.int64).reshape(-1, widths[k]) for k, v in found.items()}
         return Batch(images=images, input_ids=input_ids, cells=cells, map=shown, **arrays)
 
@@ -224,10 +227,13 @@ class Tasks:
         facts = statements(scene, n, rng, true_share=0.85 if mostly_true else 0.5, broken=picture.broken)
         clauses = render(scene.place, [fact for fact, _ in facts], int(rng.integers(2**62))).split(". ")
         ids = [*self.head, self.ids["judge"]] if counted else list(self.head)
+        wrong = int(picture.litter)
         for clause, (fact, true) in zip(clauses, facts, strict=True):
             ids += self._tokens(clause)
             self._state(row, len(ids) - 1, ids, scene, picture, fact, true, found)
-        wrong = sum(not true for _, true in facts) + picture.litter
+            wrong += not true
+            if counted:
+                found["tallied"].append((row, len(ids) - 1, wrong))
         return self._say(row, ids + self.answer, [self.ids[str(wrong)]], found) if counted else ids
 
     def _state(self, row: int, at: int, ids: list[int], scene: Scene, picture: Picture, fact: Relation, true: bool,

@@ -58,7 +58,7 @@ def main() -> None:
     if args.only != "tiny-qwen2.5-vl":
         parts = [("tiny_corpus.py", "--out", corpus, "--count", "80000", "--workers", args.threads)]
         parts += [("train_tiny_flux.py", part, "--corpus", corpus, "--out", flux, "--steps", steps, "--batch", batch,
-                   "--threads", args.threads) for part, steps, batch in (("vae", 3000, 16), ("flow", 8500, 64))]
+                   "--threads", args.threads) for part, steps, batch in (("vae", 3000, 16), ("flow", 11_000, 64))]
         for part in parts:
             run(*part)
         held_out = {n: json.loads(run("check_tiny_flux.py", flux / "pipeline", "--relations", *n.split("-"),

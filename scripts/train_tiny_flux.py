@@ -1,7 +1,7 @@
 """Train ``tiny-flux``, the small FLUX pipeline that the package ships: autoencoder, text encoders and transformer.
 
     python scripts/train_tiny_flux.py vae  --corpus build/corpus --out build/tiny-flux --steps 3000
-    python scripts/train_tiny_flux.py flow --corpus build/corpus --out build/tiny-flux --steps 8500
+    python scripts/train_tiny_flux.py flow --corpus build/corpus --out build/tiny-flux --steps 11000
 
 Each part writes checkpoints and continues from them. ``flow`` ends by writing a `diffusers.FluxPipeline` folder.
 """

@@ -4,8 +4,8 @@
 
 Every clause of a text is judged where it ends, so one picture asks many questions at the cost of one. Helpers that are
 thrown away make it fast: the place and depth of each named object is read off its mention (and off the visual token
-where it stands), the offset of a clause's two objects off the clause's end, and what a visual token shows, point by
-point and by name, off the vision tower. Runs stop and resume at any point.
+where it stands), the offset of a clause's two objects off the clause's end, how many clauses were false so far there
+too, and what a visual token shows, point by point and by name, off the vision tower. Runs stop and resume at any point.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from spatialt2i.reward.pixels import PixelReader
 from spatialt2i.tiny.qwen import MERGE, PATCH, make_tiny_qwen
 from spatialt2i.tiny.tokenizer import make_tokenizer
 from spatialt2i.tiny.world import OBJECTS, PREDICATES, SIZE
-from tiny_qwen_tasks import BINS, Batch, Tasks, layouts
+from tiny_qwen_tasks import BINS, MOST_CLAUSES, Batch, Tasks, layouts
 
 SEEN, MENTIONED, RELATED = 1, 2, 3  # layers of the language model whose output the helpers read
 GRID = SIZE // (PATCH * MERGE)  # visual tokens along a side
@@ -51,6 +51,7 @@ class Lesson(nn.Module):
         self.relation = nn.Linear(width, 4 * BINS)
         self.map = nn.Linear(width, (64 // 4 // tasks.grid)**2 * (len(OBJECTS) + 1))
         self.cell_scale, self.cell_bias = nn.Parameter(torch.ones(())), nn.Parameter(torch.full((), -3.0))
+        self.tally = nn.Linear(width, MOST_CLAUSES + 2)  # nothing false up to everything, and litter
         self.objects = torch.tensor([tasks.ids[o] for o in OBJECTS])
         self.yes_no = torch.tensor([tasks.ids["no"], tasks.ids["yes"]])
         self.picture_at, self.grid = tasks.picture_at, tasks.grid
@@ -82,6 +83,7 @@ class Lesson(nn.Module):
         losses = {
             "judged": F.cross_entropy(judged, self.yes_no[true]),
             "early": 0.5 * F.cross_entropy(early_verdicts, true),
+            "tallied": F.cross_entropy(self.tally(last[*t["tallied"].T[:2]]).float(), t["tallied"][:, 2]),
             "spoken": 0.3 * F.cross_entropy(said, t["spoken"][:, 2]),
             "mentions": 0.5 * self._place(t["mentions"], MENTIONED),
             "seen": 0.5 * self._place(t["seen"], SEEN),
@@ -160,7 +162,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the model's folder")
     parser.add_argument("--work", type=Path, required=True, help="where the state of the training is kept")
     parser.add_argument("--vae", type=Path, default=SHIPPED_VAE, help="the autoencoder's folder")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2700)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--lr-matrices", type=float, default=3e-3, help="peak learning rate of Muon")

@@ -91,6 +91,20 @@ def test_batches_repeat_and_point_at_what_they_mean(tasks):
     assert np.array_equal(told, answers[:, 2])
 
 
+def test_the_tally_of_false_clauses_ends_in_what_is_answered(tasks):
+    rows = 0
+    for step in range(4):
+        batch = tasks.batch(step, 12)
+        for row in set(batch.tallied[:, 0].tolist()):
+            tally = batch.tallied[batch.tallied[:, 0] == row, 2]
+            false = 1 - batch.judged[batch.judged[:, 0] == row, 2]
+            assert np.array_equal(np.diff(tally), false[1:]) and tally[0] - false[0] in (0, 1)  # 1 for litter
+            answer = batch.spoken[batch.spoken[:, 0] == row][0, 2]
+            assert tasks.tokenizer.convert_ids_to_tokens(int(answer)) == str(tally[-1])
+            rows += 1
+    assert rows > 8
+
+
 def test_depths_are_the_worlds(scenes):
     for scene in scenes:
         depth = {name: d for name, (_, _, d) in lessons.whereabouts(scene).items()}
