@@ -18,6 +18,8 @@ from spatialt2i.tiny.world import COLOURS, OBJECTS, SHAPES, SIZE, Box, Scene
 
 SPOILT = 0.5  # share of pictures with something broken
 LITTERED = 0.15  # share of pictures with something on the ground that is no object
+KINDS = ("missing", "pale", "half", "eaten", "reshaped", "mixed", "recoloured", "patched", "smeared", "dented", "bleeding",
+         "muddled", "torn", "twice")
 _ROWS, _COLUMNS = np.mgrid[:SIZE, :SIZE] + 0.5
 
 
@@ -68,16 +70,16 @@ def _breakage(scene: Scene, name: str, pixels: np.ndarray, light: int,
     reshaped = f"{colour} {shapes[int(rng.integers(len(shapes)))]}"
     area = _region(box)
     gone = Box(box.cx, box.cy, -9, box.z)  # outside of every outline: nothing is painted, but its colour is drawn
-    kind = rng.choice(("missing", "pale", "half", "eaten", "reshaped", "mixed", "recoloured", "patched", "smeared",
-                       "twice"))
+    kind = rng.choice(KINDS)
+    without = _painted(scene, name, name, gone, light)
     if kind == "missing":
-        return _painted(scene, name, name, gone, light), area
+        return without, area
     if kind == "pale":
-        return _painted(scene, name, name, gone, light), area * rng.uniform(0.4, 0.75)
+        return without, area * rng.uniform(0.4, 0.75)
     if kind == "half":
-        return _painted(scene, name, name, gone, light), area * _half(box, rng)
+        return without, area * _half(box, rng)
     if kind == "eaten":
-        return _painted(scene, name, name, gone, light), area * _blots(rng, 2.0)
+        return without, area * _blots(rng, 2.0)
     if kind == "reshaped":
         return _painted(scene, name, reshaped, box, light), area
     if kind == "mixed":
@@ -89,11 +91,26 @@ def _breakage(scene: Scene, name: str, pixels: np.ndarray, light: int,
         part = _half(box, rng) if rng.random() < 0.5 else _blots(rng, 2.5)
         return _painted(scene, name, recoloured, box, light), area * part
     if kind == "smeared":
-        width, without = rng.uniform(2.5, 4.5), _painted(scene, name, name, gone, light)
+        width = rng.uniform(2.5, 4.5)
         return without + ndimage.gaussian_filter(pixels - without, (width, width, 0)), _region(box, 5)
+    if kind == "dented":
+        return without + _warped(pixels - without, rng.uniform(2.5, 4.5), rng), _region(box, 5)
+    if kind == "bleeding":  # a neighbour's colour runs into it
+        present = [n.split()[0] for n in scene.boxes if not n.startswith(colour)]
+        recoloured = f"{present[int(rng.integers(len(present)))]} {shape}" if present else recoloured
+        return _painted(scene, name, recoloured, box, light), area * _half(box, rng, softness=rng.uniform(3, 8))
+    if kind == "muddled":  # two places, colours or outlines at once, each here and there
+        layer = _painted(scene, name, reshaped if rng.random() < 0.5 else recoloured, box, light) - without
+        shifted = ndimage.shift(_warped(layer, 3, rng), (*rng.uniform(-0.8, 0.8, 2) * box.r, 0), order=1)
+        return without + ndimage.gaussian_filter(shifted, (1, 1, 0)), _region(box, 5) * _blots(rng, 3)
+    if kind == "torn":  # the object and a shifted copy of it have grown together
+        angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 1.6) * box.r
+        moved = Box(box.cx + distance * np.cos(angle), box.cy + distance * np.sin(angle), box.r, box.z)
+        copy = _painted(scene, name, name, moved, light)
+        return copy, np.where(np.abs(copy - without).sum(-1) > 30, rng.uniform(0.5, 1), 0)
     place = _free(scene, box.r, rng)
     if place is None:
-        return _painted(scene, name, name, gone, light), area
+        return without, area
     return _painted(scene, name, name, dataclasses.replace(place, z=box.z), light), _region(place)
 
 
@@ -121,10 +138,18 @@ def _region(box: Box, margin: float = 1.5) -> np.ndarray:
     return ((np.abs(_COLUMNS - box.cx) < reach) & (np.abs(_ROWS - box.cy) < reach)).astype(np.float32)
 
 
-def _half(box: Box, rng: np.random.Generator) -> np.ndarray:
-    """1 on one side of a line near the middle of a box."""
+def _warped(layer: np.ndarray, by: float, rng: np.random.Generator) -> np.ndarray:
+    """A layer [64, 64, 3] whose outlines are pushed about by some pixels."""
+    push = ndimage.gaussian_filter(rng.normal(size=(2, SIZE, SIZE)), (0, 3, 3))
+    at = np.mgrid[:SIZE, :SIZE] + by * push / push.std()
+    return np.stack([ndimage.map_coordinates(layer[..., c], at, order=1) for c in range(3)], axis=-1)
+
+
+def _half(box: Box, rng: np.random.Generator, softness: float = 1) -> np.ndarray:
+    """1 on one side of a line near the middle of a box, 0 on the other; ``softness`` pixels wide."""
     angle, shift = rng.uniform(0, 2 * np.pi), rng.uniform(-0.25, 0.25) * box.r
-    return np.clip((_COLUMNS - box.cx) * np.cos(angle) + (_ROWS - box.cy) * np.sin(angle) + shift + 0.5, 0, 1)
+    distance = (_COLUMNS - box.cx) * np.cos(angle) + (_ROWS - box.cy) * np.sin(angle) + shift
+    return np.clip(distance / softness + 0.5, 0, 1)
 
 
 def _blots(rng: np.random.Generator, width: float) -> np.ndarray:

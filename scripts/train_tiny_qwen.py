@@ -37,7 +37,7 @@ from tiny_qwen_tasks import BINS, MOST_CLAUSES, Batch, Tasks, layouts
 SEEN, MENTIONED, RELATED = 1, 2, 3  # layers of the language model whose output the helpers read
 GRID = SIZE // (PATCH * MERGE)  # visual tokens along a side
 SHIPPED_VAE = Path(__file__).parent.parent / "src" / "spatialt2i" / "tiny" / "weights" / "tiny-flux" / "vae"
-REPAINTED = 0.15  # share of pictures that went through the autoencoder, as everything that tiny-flux draws does
+REPAINTED = 0.3  # share of pictures that went through the autoencoder, as everything that tiny-flux draws does
 
 
 class Lesson(nn.Module):

@@ -127,7 +127,7 @@ def test_what_is_broken_is_not_to_be_seen_and_the_rest_is(scenes):
             (broken if name in picture.broken else whole).append(present)
         if not picture.broken:
             clean[picture.litter].append(verdict.clean)
-    assert np.mean(whole) > 0.9 and np.mean(broken) < 0.25
+    assert np.mean(whole) > 0.95 and np.mean(broken) < 1 / 3
     assert np.mean(clean[False]) > 0.95 and np.mean(clean[True]) < 0.3
 
 
