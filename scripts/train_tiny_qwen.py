@@ -162,7 +162,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the model's folder")
     parser.add_argument("--work", type=Path, required=True, help="where the state of the training is kept")
     parser.add_argument("--vae", type=Path, default=SHIPPED_VAE, help="the autoencoder's folder")
-    parser.add_argument("--steps", type=int, default=2700)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--lr-matrices", type=float, default=3e-3, help="peak learning rate of Muon")
