@@ -166,7 +166,7 @@ def test_equal_bytes_whatever_was_killed_and_resumed(built, tmp_path: Path) -> N
     rng = np.random.default_rng()
     environment = dict(os.environ, PYTHONPATH=f"{SRC}{os.pathsep}{Path(__file__).parent}", OMP_NUM_THREADS="1")
     deaths = []
-    for kill, workers, shards in ((signal.SIGKILL, 1, 1), (signal.SIGKILL, 2, 2), (signal.SIGINT, 2, 3), (None, 1, 6)):
+    for kill, workers, shards in ((signal.SIGKILL, 1, 1), (signal.SIGKILL, 2, 2), (signal.SIGINT, 2, 4), (None, 1, 6)):
         script = Path(__file__).parent / "data_parts.py"
         process = subprocess.Popen([sys.executable, str(script), str(tmp_path), str(workers)], env=environment,
                                    stderr=subprocess.PIPE, text=True)

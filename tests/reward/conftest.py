@@ -24,7 +24,7 @@ SMALL = RewardConfig(dtype="float32", lora_rank=4, lora_alpha=8, head_width=16, 
 def backbone(tmp_path_factory):
     """Folder of a random Qwen2.5-VL of width 32."""
     folder = tmp_path_factory.mktemp("backbone")
-    make_tiny_qwen(folder, tokenizer=make_tokenizer(max_length=128), seed=0, width=32, layers=2, heads=2,
+    make_tiny_qwen(folder, tokenizer=make_tokenizer(max_length=128), seed=0, width=32, layers=2, heads=2, merge=2,
                    vision_width=32, vision_layers=2)
     return folder
 

@@ -34,7 +34,7 @@ def test_patches_equal_the_processors(backbone, size):
 def test_every_picture_is_resized_to_the_budget_and_keeps_its_aspect(backbone, size, budget, expected):
     processor = Qwen2VLImageProcessorPil.from_pretrained(backbone)
     if budget > 4096:
-        processor.patch_size = 14
+        processor.patch_size, processor.merge_size = 14, 2
     patches, grids = PixelReader(processor, max_pixels=budget)([np.zeros((*size, 3), np.uint8)])
     assert tuple(processor.patch_size * n for n in grids[0, 1:].tolist()) == expected
     assert len(patches) == grids.prod()

@@ -16,7 +16,7 @@ SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_en
 
 def make_tiny_qwen(folder: Path, *, tokenizer: PreTrainedTokenizerBase, seed: int, width: int = 128, layers: int = 6,
                    heads: int = 4, vision_width: int = 128, vision_layers: int = 4,
-                   image_size: int = 64) -> Qwen2_5_VLForConditionalGeneration:
+                   image_size: int = 64, merge: int = MERGE) -> Qwen2_5_VLForConditionalGeneration:
     """Write a random model that `Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)` loads.
 
     Args:
@@ -26,6 +26,7 @@ def make_tiny_qwen(folder: Path, *, tokenizer: PreTrainedTokenizerBase, seed: in
         width, layers, heads: of the language model; a head needs a width divisible by 16.
         vision_width, vision_layers: of the vision tower (heads of 32).
         image_size: side of the square pictures that the image processor leaves as they are.
+        merge: patches along a side of a visual token; the published models have 2.
 
     Returns:
         The model that was written, float32, in evaluation mode.
@@ -56,7 +57,7 @@ def make_tiny_qwen(folder: Path, *, tokenizer: PreTrainedTokenizerBase, seed: in
         },
         vision_config={
             "depth": vision_layers, "hidden_size": vision_width, "intermediate_size": 2 * vision_width,
-            "num_heads": vision_width // 32, "patch_size": PATCH, "spatial_merge_size": MERGE,
+            "num_heads": vision_width // 32, "patch_size": PATCH, "spatial_merge_size": merge,
             "temporal_patch_size": 1, "window_size": image_size, "out_hidden_size": width,
             "fullatt_block_indexes": list(range(vision_layers)),
             "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
@@ -71,7 +72,7 @@ def make_tiny_qwen(folder: Path, *, tokenizer: PreTrainedTokenizerBase, seed: in
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor = Qwen2VLImageProcessorPil(
-        patch_size=PATCH, merge_size=MERGE, temporal_patch_size=1,
+        patch_size=PATCH, merge_size=merge, temporal_patch_size=1,
         size={"shortest_edge": image_size**2, "longest_edge": image_size**2})
     settings = processor.to_dict() | {"image_processor_type": "Qwen2VLImageProcessor"}
     write_json(Path(folder) / "preprocessor_config.json", settings)
