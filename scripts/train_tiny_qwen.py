@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
@@ -32,13 +32,12 @@ from spatialt2i.reward.pixels import PixelReader
 from spatialt2i.tiny.qwen import MERGE, PATCH, make_tiny_qwen
 from spatialt2i.tiny.tokenizer import make_tokenizer
 from spatialt2i.tiny.world import OBJECTS, PREDICATES, SIZE
-from tiny_corpus import TEXT_TOKENS
 from tiny_qwen_tasks import BINS, MOST_CLAUSES, Batch, Tasks, layouts
 
 SEEN, MENTIONED, RELATED = 1, 2, 3  # layers of the language model whose output the helpers read
 GRID = SIZE // (PATCH * MERGE)  # visual tokens along a side
-SHIPPED_FLUX = Path(__file__).parent.parent / "src" / "spatialt2i" / "tiny" / "weights" / "tiny-flux"
-REPAINTED = 0.5  # share of pictures that went through tiny-flux
+SHIPPED_VAE = Path(__file__).parent.parent / "src" / "spatialt2i" / "tiny" / "weights" / "tiny-flux" / "vae"
+REPAINTED = 0.3  # share of pictures that went through the autoencoder, as everything that tiny-flux draws does
 
 
 class Lesson(nn.Module):
@@ -146,37 +145,15 @@ def averaged(lesson: Lesson, average: dict[str, Tensor]) -> None:
     lesson.load_state_dict({k: average[k].clone() for k in lesson.state_dict()})
 
 
-def repaint(flux: FluxPipeline, images: np.ndarray, seed: int) -> None:
-    """Put the last pictures of uint8 [B, 64, 64, 3] through tiny-flux, in place.
-
-    Half of them only through its autoencoder, their latents a little disturbed; the others through its last denoising
-    steps as well, without a caption, so that they have the outlines and the colours that it draws.
-    """
+def repaint(vae: AutoencoderKL, images: np.ndarray, seed: int) -> None:
+    """Put the last pictures of uint8 [B, 64, 64, 3] through the autoencoder, its latents a little disturbed."""
     some = images[-round(REPAINTED * len(images)):]
-    vae, random = flux.vae, torch.Generator().manual_seed(seed)
+    x = torch.from_numpy(some).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        z = vae.encode(torch.from_numpy(some).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean
-        noise = torch.randn(z.shape, generator=random)
-        n = len(z) // 2
-        y = z + 0.1 * z.std() * noise
-        y[:n] = denoised(flux, z[:n], noise[:n], start=float(0.15 + 0.35 * torch.rand((), generator=random)))
-        y = vae.decode(y).sample
+        z = vae.encode(x).latent_dist.mean
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
+        y = vae.decode(z + 0.1 * z.std() * noise).sample
     some[:] = ((y.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def denoised(flux: FluxPipeline, z: Tensor, noise: Tensor, start: float, steps: int = 3) -> Tensor:
-    """Latents [B, 8, 16, 16] at the noise level ``start``, denoised again in a few Euler steps."""
-    shift, scale, shape = flux.vae.config.shift_factor, flux.vae.config.scaling_factor, z.shape
-    text, pooled, text_ids = flux.encode_prompt("", max_sequence_length=TEXT_TOKENS)
-    x = flux._pack_latents((1 - start) * (z - shift) * scale + start * noise, *shape)  # [B, 64, 32]
-    for i in range(steps):
-        t = torch.full((len(x),), start * (1 - i / steps))
-        v = flux.transformer(
-            hidden_states=x, timestep=t, guidance=torch.ones_like(t), pooled_projections=pooled.expand(len(x), -1),
-            encoder_hidden_states=text.expand(len(x), -1, -1), txt_ids=text_ids,
-            img_ids=flux._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32), return_dict=False)[0]
-        x = x - start / steps * v.float()
-    return flux._unpack_latents(x, SIZE, SIZE, flux.vae_scale_factor) / scale + shift
 
 
 def arguments() -> argparse.Namespace:
@@ -184,7 +161,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the model's folder")
     parser.add_argument("--work", type=Path, required=True, help="where the state of the training is kept")
-    parser.add_argument("--flux", type=Path, default=SHIPPED_FLUX, help="the generator's folder")
+    parser.add_argument("--vae", type=Path, default=SHIPPED_VAE, help="the autoencoder's folder")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -218,7 +195,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     lesson = Lesson(model, tasks=sets["train"], reader=reader).train()
     optimizers = make_optimizers(lesson, lr=args.lr, lr_matrices=args.lr_matrices)
-    flux = FluxPipeline.from_pretrained(args.flux, dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32).eval()
     average = {k: v.clone() for k, v in lesson.state_dict().items()}
     state = args.work / "state.safetensors"
     first = load_state(state, module=lesson, average=average, optimizers=optimizers)
@@ -227,7 +204,7 @@ def main() -> None:
         rate = min(1, (step + 1) / args.warmup) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / args.steps)))
         batch = sets["train"].batch(step, args.batch)
         with mixed(dtype):
-            repaint(flux, batch.images, step)
+            repaint(vae, batch.images, step)
             losses, right = lesson(batch)
         total = sum(losses.values())
         if not torch.isfinite(total):
@@ -260,11 +237,11 @@ def main() -> None:
     make_tiny_qwen(args.out, tokenizer=tokenizer, seed=args.seed)
     model.save_pretrained(args.out)
     digest = hashlib.sha256((args.out / "model.safetensors").read_bytes()).hexdigest()
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "flux", "minutes", "threads")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "vae", "minutes", "threads")}
     options = shlex.join(f"--{k.replace('_', '-')}={v}" for k, v in settings.items())
     write_json(args.out / "manifest.json", {
         "command": f"python scripts/train_tiny_qwen.py --out OUT --work WORK {options}",
-        "seed": args.seed, "config": settings, "tiny_flux_sha256": tree_hash(args.flux),
+        "seed": args.seed, "config": settings, "autoencoder_sha256": tree_hash(args.vae),
         "dtype": str(dtype), "parameters": sum(p.numel() for p in model.parameters()), "sha256": digest,
         "data_sha256": hashlib.sha256(repr(sets["train"].scenes).encode()).hexdigest(), "metrics": found, "versions": versions()})
 
