@@ -243,7 +243,8 @@ def main() -> None:
         "command": f"python scripts/train_tiny_qwen.py --out OUT --work WORK {options}",
         "seed": args.seed, "config": settings, "autoencoder_sha256": tree_hash(args.vae),
         "dtype": str(dtype), "parameters": sum(p.numel() for p in model.parameters()), "sha256": digest,
-        "data_sha256": hashlib.sha256(repr(sets["train"].scenes).encode()).hexdigest(), "metrics": found, "versions": versions()})
+        "data_sha256": hashlib.sha256(repr(sets["train"].scenes).encode()).hexdigest(), "metrics": found,
+        "versions": versions()})
 
 
 if __name__ == "__main__":
