@@ -47,7 +47,7 @@ class Lottery:
 def rl_step(policy, state, scorer, config, step):
     """One whole step, as in `spatialt2i.rl.train.train`; seconds by phase."""
     seconds: dict[str, float] = {}
-    prompts = [Prompt(f"{step}-{i}", f"On a lawn, a red circle is {step + i} to the left of a blue square.", "table", ())
+    prompts = [Prompt(f"{step}-{i}", f"On a lawn, a red circle is {step + i} to the left of a blue square.", "", ())
                for i in range(config.prompts_per_step)]
     seeds = [[seed_of(0, step, prompt.id, g) for g in range(config.group)] for prompt in prompts]
     with timed(seconds, "sample"):

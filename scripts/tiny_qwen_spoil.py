@@ -18,8 +18,8 @@ from spatialt2i.tiny.world import COLOURS, OBJECTS, SHAPES, SIZE, Box, Scene
 
 SPOILT = 0.5  # share of pictures with something broken
 LITTERED = 0.15  # share of pictures with something on the ground that is no object
-KINDS = ("missing", "pale", "half", "eaten", "reshaped", "mixed", "recoloured", "patched", "smeared", "dented", "bleeding",
-         "muddled", "torn", "twice")
+KINDS = ("missing", "pale", "half", "eaten", "reshaped", "mixed", "recoloured", "patched", "smeared", "dented",
+         "bleeding", "muddled", "torn", "twice")
 _ROWS, _COLUMNS = np.mgrid[:SIZE, :SIZE] + 0.5
 
 
