@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 from spatialt2i.tiny.painter import paint
-from spatialt2i.tiny.world import COLOURS, OBJECTS, SHAPES, SIZE, Box, Scene
+from spatialt2i.tiny.world import COLOURS, SHAPES, SIZE, Box, Scene
 
 SPOILT = 0.5  # share of pictures with something broken
 LITTERED = 0.15  # share of pictures with something on the ground that is no object
@@ -68,18 +68,7 @@ def _breakage(scene: Scene, name: str, pixels: np.ndarray, light: int,
     recoloured = f"{others[int(rng.integers(len(others)))]} {shape}"
     shapes = [s for s in SHAPES if s != shape]
     reshaped = f"{colour} {shapes[int(rng.integers(len(shapes)))]}"
-    area = _region(box)
-    gone = Box(box.cx, box.cy, -9, box.z)  # outside of every outline: nothing is painted, but its colour is drawn
-    kind = rng.choice(KINDS)
-    without = _painted(scene, name, name, gone, light)
-    if kind == "missing":
-        return without, area
-    if kind == "pale":
-        return without, area * rng.uniform(0.4, 0.75)
-    if kind == "half":
-        return without, area * _half(box, rng)
-    if kind == "eaten":
-        return without, area * _blots(rng, 2.0)
+    area, kind = _region(box), rng.choice(KINDS)
     if kind == "reshaped":
         return _painted(scene, name, reshaped, box, light), area
     if kind == "mixed":
@@ -90,15 +79,25 @@ def _breakage(scene: Scene, name: str, pixels: np.ndarray, light: int,
     if kind == "patched":
         part = _half(box, rng) if rng.random() < 0.5 else _blots(rng, 2.5)
         return _painted(scene, name, recoloured, box, light), area * part
+    if kind == "bleeding":  # a neighbour's colour runs into it
+        present = [n.split()[0] for n in scene.boxes if not n.startswith(colour)]
+        recoloured = f"{present[int(rng.integers(len(present)))]} {shape}" if present else recoloured
+        return _painted(scene, name, recoloured, box, light), area * _half(box, rng, softness=rng.uniform(3, 8))
+    gone = Box(box.cx, box.cy, -9, box.z)  # outside of every outline: nothing is painted, but its colour is drawn
+    without = _painted(scene, name, name, gone, light)
+    if kind == "missing":
+        return without, area
+    if kind == "pale":
+        return without, area * rng.uniform(0.4, 0.75)
+    if kind == "half":
+        return without, area * _half(box, rng)
+    if kind == "eaten":
+        return without, area * _blots(rng, 2.0)
     if kind == "smeared":
         width = rng.uniform(2.5, 4.5)
         return without + ndimage.gaussian_filter(pixels - without, (width, width, 0)), _region(box, 5)
     if kind == "dented":
         return without + _warped(pixels - without, rng.uniform(2.5, 4.5), rng), _region(box, 5)
-    if kind == "bleeding":  # a neighbour's colour runs into it
-        present = [n.split()[0] for n in scene.boxes if not n.startswith(colour)]
-        recoloured = f"{present[int(rng.integers(len(present)))]} {shape}" if present else recoloured
-        return _painted(scene, name, recoloured, box, light), area * _half(box, rng, softness=rng.uniform(3, 8))
     if kind == "muddled":  # two places, colours or outlines at once, each here and there
         layer = _painted(scene, name, reshaped if rng.random() < 0.5 else recoloured, box, light) - without
         shifted = ndimage.shift(_warped(layer, 3, rng), (*rng.uniform(-0.8, 0.8, 2) * box.r, 0), order=1)
@@ -119,8 +118,8 @@ def _litter(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
     place = _free(scene, rng.uniform(2.5, 6), rng)
     if place is None:
         return np.zeros((SIZE, SIZE, 3), dtype=np.float32), np.zeros((SIZE, SIZE))
-    paint_ = np.asarray(list(COLOURS.values()), dtype=np.float32)[int(rng.integers(len(COLOURS)))]
-    colour = paint_ + rng.uniform(-40, 40, 3) + rng.normal(0, 1, (SIZE, SIZE, 3)) * rng.choice((0, 40))
+    colour = np.array(list(COLOURS.values()))[int(rng.integers(len(COLOURS)))]
+    colour = colour + rng.uniform(-40, 40, 3) + rng.normal(0, 1, (SIZE, SIZE, 3)) * rng.choice((0, 40))
     mask = _blots(rng, 1.5) if rng.random() < 0.6 else np.abs(_ROWS - place.cy) < rng.uniform(0.6, 2)
     return colour.astype(np.float32), _region(place, 0) * mask * rng.uniform(0.4, 1)
 
