@@ -44,13 +44,14 @@ def load_state(path: Path, *, module: torch.nn.Module, average: dict[str, torch.
         return json.loads(f.metadata()["step"])
 
 
-def make_optimizers(module: torch.nn.Module, *, lr: float, lr_matrices: float) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon (as torch has it) for the matrices of the module's blocks.
+def make_optimizers(module: torch.nn.Module, *, lr: float, lr_matrices: float,
+                    without: Sequence[torch.nn.Parameter] = ()) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon (as torch has it) for the matrices of the module's blocks; neither for those ``without``.
 
     At equal updates the two learn what is drawn where about twice as fast as AdamW alone.
     """
     matrices = [p for n, p in module.named_parameters()
                 if p.ndim == 2 and ("block" in n or "language_model.layers" in n) and "relative" not in n]
-    rest = [p for p in module.parameters() if not any(p is m for m in matrices)]
+    rest = [p for p in module.parameters() if not any(p is m for m in (*matrices, *without))]
     return [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3),
             torch.optim.Muon(matrices, lr=lr_matrices, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw")]

@@ -57,8 +57,10 @@ def main() -> None:
     corpus, flux, qwen = args.work / "corpus", args.work / "tiny-flux", args.work / "tiny-qwen2.5-vl"
     if args.only != "tiny-qwen2.5-vl":
         parts = [("tiny_corpus.py", "--out", corpus, "--count", "80000", "--workers", args.threads)]
-        parts += [("train_tiny_flux.py", part, "--corpus", corpus, "--out", flux, "--steps", steps, "--batch", batch,
-                   "--threads", args.threads) for part, steps, batch in (("vae", 3000, 16), ("flow", 11_000, 64))]
+        parts += [(*script, "--corpus", corpus, "--out", flux, "--steps", steps, "--batch", batch, "--threads",
+                   args.threads) for script, steps, batch in (
+                       (("train_tiny_flux.py", "vae"), 3000, 16), (("train_tiny_text.py",), 1200, 128),
+                       (("train_tiny_flux.py", "flow"), 11_000, 64))]
         for part in parts:
             run(*part)
         held_out = {n: json.loads(run("check_tiny_flux.py", flux / "pipeline", "--relations", *n.split("-"),

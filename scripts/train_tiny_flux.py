@@ -1,6 +1,7 @@
 """Train ``tiny-flux``, the small FLUX pipeline that the package ships: autoencoder, text encoders and transformer.
 
     python scripts/train_tiny_flux.py vae  --corpus build/corpus --out build/tiny-flux --steps 3000
+    python scripts/train_tiny_text.py --corpus build/corpus --out build/tiny-flux --steps 1200
     python scripts/train_tiny_flux.py flow --corpus build/corpus --out build/tiny-flux --steps 11000
 
 Each part writes checkpoints and continues from them. ``flow`` ends by writing a `diffusers.FluxPipeline` folder.
@@ -20,12 +21,13 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5EncoderModel
 
 from _checkpoint import load_state, make_optimizers, save_state
 from spatialt2i.core.run import atomic_path, file_hash, progress, seed_of
 from spatialt2i.tiny.tokenizer import CLIP_LENGTH, make_tokenizer
 from spatialt2i.tiny.world import OBJECTS
+from train_tiny_text import make_text_encoder
 
 LATENT_CHANNELS = 8
 SHIFT = 3.0  # of the training noise levels: what is drawn is decided at high ones
@@ -123,9 +125,7 @@ class Flow(torch.nn.Module):
             patch_size=1, in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=4, attention_head_dim=32,
             num_attention_heads=6, joint_attention_dim=128, pooled_projection_dim=64, guidance_embeds=True,
             axes_dims_rope=(8, 12, 12))
-        self.t5 = T5EncoderModel(T5Config(
-            vocab_size=vocab, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
-            feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))
+        self.t5 = make_text_encoder()
         self.clip = CLIPTextModel(CLIPTextConfig(
             vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
             max_position_embeddings=CLIP_LENGTH, pad_token_id=0, bos_token_id=None, eos_token_id=1, projection_dim=64))
@@ -178,6 +178,7 @@ def train_flow(args: argparse.Namespace) -> None:
     latents = make_latents(args, vae)
     maps, tokens = np.load(args.corpus / "maps.npy"), np.load(args.corpus / "tokens.npy", mmap_mode="r")
     flow = Flow()
+    flow.t5.load_state_dict(T5EncoderModel.from_pretrained(args.out / "text").state_dict())
     average = {k: v.clone() for k, v in flow.state_dict().items()}
     optimizers = make_optimizers(flow, lr=args.lr, lr_matrices=args.lr_matrices)
     state = args.out / "flow_state.safetensors"

@@ -171,6 +171,20 @@ def test_images_of_a_prompt_may_start_from_the_same_noise(make_policy):
     assert np.array_equal(pixels(images[0]), pixels(images[1]))
 
 
+def test_noise_may_be_drawn_in_low_frequencies_only(make_policy):
+    low, usual = make_policy(noise_frequencies=2, same_start=True), make_policy(same_start=True)
+    rollout = low.sample(prompts=prompts_of(0), group=3, seeds=SEEDS)
+    x = rollout.latents[0, :, 1]
+    fine = x - sde.low_pass(x, keep=2)
+    torch.testing.assert_close(fine, fine[:1].expand_as(fine))  # one start, so one velocity, and no noise there
+    assert not torch.allclose(x[0], x[1])
+    rows = all_rows(rollout, range(3))
+    torch.testing.assert_close(low.log_prob(rollout=rollout, rows=rows)[0], rollout.log_probs[tuple(rows.T)])
+    assert not torch.allclose(rollout.latents, usual.sample(prompts=prompts_of(0), group=3, seeds=SEEDS).latents)
+    with pytest.raises(ValueError, match="noise_frequencies = 9, expected at most 8"):
+        make_policy(noise_frequencies=9)
+
+
 def test_the_base_model_is_the_policy_with_its_adapter_off(policy, make_policy):
     rollout = policy.sample(prompts=prompts_of(0), group=3, seeds=SEEDS)
     rows = all_rows(rollout, [0, 2])

@@ -111,6 +111,7 @@ class RLConfig:
     kernel: str = setting("sde", "transition kernel: Flow-SDE, CPS or Dance-SDE",  # the paper uses Flow-SDE
                           choices=("sde", "cps", "dance"))
     noise: float = setting(0.9, "noise level of the kernel", gt=0)  # [Flow-GRPO]
+    noise_frequencies: int = setting(0, "noise in this many lowest frequencies per side; 0 = all", ge=0)  # [ours]
     same_start: bool = setting(False, "the images of a prompt start from the same noise")  # DanceGRPO: True
     train_from: int = setting(0, "first denoising step that is noisy and trained on", ge=0)  # [Flow-GRPO]
     train_steps: int = setting(5, "steps that are noisy and trained on, not ODE", ge=1)  # [Flow-GRPO]: not the last

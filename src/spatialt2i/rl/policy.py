@@ -76,6 +76,9 @@ class FluxPolicy:
             parameter.data = parameter.data.float()  # an update of 1e-4 would be lost in bfloat16
 
         side = config.resolution // cell
+        if config.noise_frequencies > 2 * side:
+            raise ValueError(f"rl.noise_frequencies = {config.noise_frequencies}, expected at most {2 * side}: the "
+                             f"latents of {config.resolution} pixels are {2 * side} on a side")
         self._noise_shape = (pipeline.transformer.config.in_channels // 4, 2 * side, 2 * side)
         self._image_ids = pipeline._prepare_latent_image_ids(1, side, side, device, torch.float32)
         self._text_ids = torch.zeros(config.max_text_tokens, 3, device=device)
@@ -178,8 +181,9 @@ class FluxPolicy:
         else:
             v = self._velocity(x, now, embeds)
         law = {"sigma": now, "sigma_next": then, "noise": self._config.noise, "sigma_max": rollout.sigmas[1]}
-        mean, std = sde.step_mean_std(self._config.kernel, x=x, v=v, **law)
-        return sde.log_prob(x_next, mean=mean, std=std), mean, sde.noise_level(self._config.kernel, **law)
+        keep, kernel = self._config.noise_frequencies, self._config.kernel
+        mean, std = sde.step_mean_std(kernel, x=x, v=v, keep=keep, **law)
+        return sde.log_prob(x_next, mean=mean, std=std, keep=keep), mean, sde.noise_level(kernel, **law)
 
     def parameters(self) -> dict[str, Parameter]:
         """The trainable parameters by name: the adapter's, in float32."""
@@ -249,12 +253,13 @@ class FluxPolicy:
         for t in range(steps):
             now, then = sigmas[t].expand(len(x)), sigmas[t + 1].expand(len(x))
             v = self._velocity(x, now, embeds)
-            x, std = sde.step_mean_std(self._config.kernel if t in noisy else "ode", x=x, v=v, sigma=now,
-                                       sigma_next=then, noise=self._config.noise, sigma_max=sigmas[1])
+            kernel, keep = (self._config.kernel, self._config.noise_frequencies) if t in noisy else ("ode", 0)
+            x, std = sde.step_mean_std(kernel, x=x, v=v, sigma=now, sigma_next=then, noise=self._config.noise,
+                                       sigma_max=sigmas[1], keep=keep)
             if t in noisy:
                 mean = x
-                x = mean + std[:, None, None] * self._noise(generators)
-                log_probs[:, t] = sde.log_prob(x, mean=mean, std=std)
+                x = mean + std[:, None, None] * sde.low_pass(self._noise(generators), keep=keep)
+                log_probs[:, t] = sde.log_prob(x, mean=mean, std=std, keep=keep)
             latents[:, t + 1] = x
         return latents, log_probs
 

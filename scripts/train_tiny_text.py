@@ -1,0 +1,152 @@
+"""Teach tiny-flux's T5 encoder what prompts say of places, before any picture is drawn.
+
+    python scripts/train_tiny_text.py --corpus build/corpus --out build/tiny-flux --steps 1200
+
+FLUX gives its text tokens no positions, so that only the T5 encoder can tell "a left of b" from "b left of a". It does
+so by its relative position biases, which in flow matching hardly move (measured: after 10,000 updates they were what
+they had been at the start, and pictures followed relations little better than chance). Here every mention of an object
+predicts where its object is, and every two mentions predict the offset of their objects; minutes are enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import T5Config, T5EncoderModel
+
+from _checkpoint import load_state, make_optimizers, save_state
+from spatialt2i.core.run import progress
+from spatialt2i.core.store import append_jsonl
+from spatialt2i.tiny.tokenizer import CLIP_LENGTH, make_tokenizer
+from spatialt2i.tiny.world import OBJECTS
+
+WIDTH, HEADS, PAIR_WIDTH = 128, 4, 32
+CELLS = 8  # places are told on a grid of 8 x 8
+OFFSETS = torch.tensor([-0.45, -0.33, -0.22, -0.12, -0.04, 0.04, 0.12, 0.22, 0.33, 0.45])  # bin edges, picture widths
+CLEARLY = 0.12  # objects further apart than this are on different sides
+NEIGHBOURS = ((-1,), (1,), (-2, 2), ())  # tokens that each head attends to at the start
+LR_BIAS = 3e-2  # a bias must move by several units where other weights move by hundredths
+
+
+def make_text_encoder() -> T5EncoderModel:
+    """A T5 encoder of 4 layers, most of whose heads begin by looking at neighbours."""
+    t5 = T5EncoderModel(T5Config(
+        vocab_size=len(make_tokenizer(max_length=CLIP_LENGTH)), d_model=WIDTH, d_kv=WIDTH // HEADS, d_ff=256,
+        num_layers=4, num_heads=HEADS, dropout_rate=0.0, feed_forward_proj="gated-gelu", pad_token_id=0,
+        eos_token_id=1))
+    attention = t5.encoder.block[0].layer[0].SelfAttention  # all layers share its biases
+    half = attention.relative_attention_num_buckets // 2
+    with torch.no_grad():
+        for head, offsets in enumerate(NEIGHBOURS):
+            for offset in offsets:
+                attention.relative_attention_bias.weight[(half if offset > 0 else 0) + abs(offset), head] += 4
+    return t5
+
+
+def centres(maps: np.ndarray) -> Tensor:
+    """Centre (x, y) in 0..1 of what is visible of each object, float32 [N, 32, 2]; NaN where there is nothing.
+
+    Args:
+        maps: uint8 [N, 16, 16], the corpus's object maps.
+    """
+    out = np.full((len(maps), len(OBJECTS), 2), np.nan, dtype=np.float32)
+    y, x = np.mgrid[0:maps.shape[1], 0:maps.shape[2]] + 0.5
+    for i in range(len(OBJECTS)):
+        shown = maps == 1 + i
+        count = shown.sum((1, 2))
+        some = count > 0
+        out[some, i, 0] = (shown[some] * x).sum((1, 2)) / count[some] / maps.shape[2]
+        out[some, i, 1] = (shown[some] * y).sum((1, 2)) / count[some] / maps.shape[1]
+    return torch.from_numpy(out)
+
+
+class Places(nn.Module):
+    """The encoder, with heads that are thrown away: the place of a mention, the offset of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        bins = 2 * (len(OFFSETS) + 1)
+        self.t5 = make_text_encoder()
+        self.place = nn.Linear(WIDTH, CELLS**2)
+        self.subject, self.other = nn.Linear(WIDTH, bins), nn.Linear(WIDTH, bins)
+        self.query, self.key = nn.Linear(WIDTH, bins * PAIR_WIDTH), nn.Linear(WIDTH, PAIR_WIDTH)
+        tokenizer = make_tokenizer(max_length=CLIP_LENGTH)
+        self.object_of = torch.full((len(tokenizer),), -1)  # which object a token mentions
+        for i, name in enumerate(OBJECTS):
+            self.object_of[tokenizer(name).input_ids[0]] = i
+
+    def forward(self, words: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of places, loss of offsets, and the share of clear offsets whose side is told rightly.
+
+        Args:
+            words: int64 [B, L].
+            centre: [B, 32, 2], as `centres` gives them.
+        """
+        named = self.object_of[words]  # [B, L]
+        at = centre.gather(1, named.clamp(min=0)[..., None].expand(-1, -1, 2))  # [B, L, 2]
+        mention = (named >= 0) & ~at.isnan().any(-1)
+        hidden = self.t5(words).last_hidden_state
+        column, row = (at[mention] * CELLS).long().clamp(max=CELLS - 1).unbind(-1)
+        place = F.cross_entropy(self.place(hidden[mention]), row * CELLS + column)
+        pairs = mention[:, :, None] & mention[:, None, :] & (named[:, :, None] != named[:, None, :])
+        b, i, j = pairs.nonzero(as_tuple=True)
+        offset = at[b, i] - at[b, j]  # [M, 2]
+        query = self.query(hidden[b, i]).unflatten(1, (-1, PAIR_WIDTH))
+        logits = (query * self.key(hidden[b, j])[:, None]).sum(-1)
+        logits = (logits + self.subject(hidden[b, i]) + self.other(hidden[b, j])).unflatten(1, (2, -1))  # [M, 2, bins]
+        losses = F.cross_entropy(logits.flatten(0, 1), torch.bucketize(offset, OFFSETS).flatten(), reduction="none")
+        weight = 1 / pairs.sum((1, 2))[b]  # every text counts the same
+        half = len(OFFSETS) // 2
+        chance = logits.detach().softmax(-1)
+        side = chance[..., half + 1:].sum(-1) > chance[..., :half].sum(-1)
+        right = (side == (offset > 0))[offset.abs() > CLEARLY].float().mean()
+        return place, (losses.view(-1, 2).mean(1) * weight).sum() / weight.sum(), right
+
+
+def main() -> None:
+    """Train, and write the encoder to ``OUT/text``; goes on where an earlier call was stopped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=Path("build/corpus"))
+    parser.add_argument("--out", type=Path, default=Path("build/tiny-flux"))
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr-matrices", type=float, default=7e-3, help="peak learning rate of Muon")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    centre, tokens = centres(np.load(args.corpus / "maps.npy")), np.load(args.corpus / "tokens.npy", mmap_mode="r")
+    model = Places()
+    biases = [p for n, p in model.named_parameters() if "relative_attention_bias" in n]
+    optimizers = make_optimizers(model, lr=args.lr, lr_matrices=args.lr_matrices, without=biases)
+    optimizers.append(torch.optim.AdamW(biases, lr=LR_BIAS, betas=(0.9, 0.99), weight_decay=0))
+    state = args.out / "text_state.safetensors"
+    start = load_state(state, module=model, average={}, optimizers=optimizers)
+    for step in progress(range(start, args.steps), desc="text", total=args.steps, initial=start):
+        rng = np.random.default_rng((args.seed, step))
+        pick = rng.integers(len(tokens), size=args.batch)
+        words = torch.from_numpy(tokens[pick, rng.integers(tokens.shape[1], size=args.batch)].astype(np.int64))
+        place, offset, right = model(words, centre[torch.from_numpy(pick)])
+        (0.3 * place + offset).backward()
+        rate = min(1, (step + 1) / 100) * (1 - step / args.steps)
+        for optimizer, peak in zip(optimizers, (args.lr, args.lr_matrices, LR_BIAS), strict=True):
+            optimizer.param_groups[0]["lr"] = peak * rate
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 25 == 0:
+            append_jsonl(args.out / "text.jsonl", {"step": step, "place": float(place), "offset": float(offset),
+                                                   "right": float(right)})
+        if (step + 1) % 100 == 0 or step + 1 == args.steps:
+            save_state(state, step=step + 1, module=model, average={}, optimizers=optimizers)
+    model.t5.save_pretrained(args.out / "text")
+
+
+if __name__ == "__main__":
+    main()
