@@ -70,11 +70,12 @@ def test_the_whole_and_what_it_leaves(make_model, pairs, tmp_path):
 
 @pytest.mark.parametrize("loss", ["gaussian", "sampled", "plain"])
 def test_resumed_equals_uninterrupted(make_model, pairs, tmp_path, monkeypatch, loss):
-    fit(tmp_path / "whole", make_model(loss=loss), pairs)
+    options = {"loss": loss, "distorted": 0.5 if loss == "plain" else 0}
+    fit(tmp_path / "whole", make_model(**options), pairs)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         interrupt(patch, 3)
-        fit(tmp_path / "parts", make_model(loss=loss), pairs)
-    fit(tmp_path / "parts", make_model(loss=loss), pairs)
+        fit(tmp_path / "parts", make_model(**options), pairs)
+    fit(tmp_path / "parts", make_model(**options), pairs)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert run_at(tmp_path / "whole").metrics("reward") == run_at(tmp_path / "parts").metrics("reward")
 
@@ -208,6 +209,11 @@ def test_batches_are_shuffled_epochs_whatever_the_batch(make_model):
     np.testing.assert_array_equal(stream[:16], larger)
     assert not batch_of(0, 6, config=config, seed=3)[1].any()
     assert batch_of(0, 6, config=dataclasses.replace(config, swap=1.0), seed=3)[1].all()
+    assert (batch_of(0, 6, config=config, seed=3)[2] == -1).all()
+    some = dataclasses.replace(config, distorted=0.5, batch=400)
+    rows, _, seeds = batch_of(0, 6, config=some, seed=3)
+    np.testing.assert_array_equal(rows[:24], stream)
+    assert 120 < (seeds >= 0).sum() < 280 and len(set(seeds[seeds >= 0])) == (seeds >= 0).sum()
 
 
 def test_swapped_pairs_are_seen_from_the_perturbed_prompt(make_model, pairs):

@@ -67,14 +67,14 @@ class RewardConfig:
     head_width: int = setting(1024, "width of the head's first layer", ge=1)  # [HPSv3]
     head_hidden: int = setting(16, "width of the head's second layer", ge=1)  # [HPSv3]
     head_dropout: float = setting(0.05, "dropout after the head's first layer", ge=0, le=0.9)  # [HPSv3]
-    loss: str = setting("gaussian", "Bradley-Terry on (mu, sigma) by quadrature or by sampling, or on mu alone",
-                        choices=("gaussian", "sampled", "plain"))
+    loss: str = setting("gaussian", "Bradley-Terry on mu and sigma, or mu", choices=("gaussian", "sampled", "plain"))
     quadrature_nodes: int = setting(32, "Gauss-Hermite nodes of the gaussian loss", ge=4, le=128)  # [ours]
     max_pixels: int = setting(200_704, "pixels that each image is resized to, its aspect kept", ge=64)  # [HPSv3]
     max_text_tokens: int = setting(512, "longest prompt in tokens; a longer one is an error", ge=8)  # [ours]
     batch: int = setting(32, "pairs per update", ge=1)
     micro_batch: int = setting(4, "pairs per forward", ge=1)
     swap: float = setting(0.0, "share of pairs that an epoch shows from the perturbed prompt", ge=0, le=1)
+    distorted: float = setting(0.0, "share of pairs whose rejected image is the chosen one, broken", ge=0, le=1)  # [ours]
     steps: int = setting(2500, "updates; 80,000 pairs / 32 = 2,500 are one epoch", ge=1)  # [ours]
     lr: float = setting(2e-6, "learning rate of adapters, merger and vision tower", gt=0)
     lr_head: float = setting(2e-6, "learning rate of the head", gt=0)  # [HPSv3]

@@ -30,7 +30,7 @@ NEEDED_FOR = {
     "safetensors": "reading and writing weights",
     "datasets": "reading the pairs with load_dataset",
     "tensorboard": "live curves; metrics.jsonl is written without it",
-    "scipy": "the judge of the tabletop world, and statistics of the benchmarks",
+    "scipy": "the judge of the tabletop world, broken images for SpatialScore, statistics of the benchmarks",
     "matplotlib": "figures of the dataset and the report",
     "jinja2": "the page of the report",
 }

@@ -15,6 +15,7 @@ from spatialt2i.core.config import RewardConfig
 from spatialt2i.core.run import RunDir, interrupts_held, progress, seed_of
 from spatialt2i.core.types import Preference
 from spatialt2i.reward import checkpoint
+from spatialt2i.reward.distort import distort
 from spatialt2i.reward.evaluate import pairwise_accuracy
 from spatialt2i.reward.losses import Metrics, bradley_terry, gaussian_bradley_terry, sampled_bradley_terry
 from spatialt2i.reward.model import Inputs, SpatialScoreModel
@@ -68,15 +69,15 @@ def train(*, model: SpatialScoreModel, train_pairs: Sequence[Preference], valida
     try:
         for step in range(start, config.steps):
             set_rates(optimizer, step, config)
-            rows, swapped = batch_of(step, len(train_pairs), config=config, seed=seed)  # [batch] indices, [batch] bool
+            batch = batch_of(step, len(train_pairs), config=config, seed=seed)
             keep = dropout_mask(step, config=config, seed=seed).to(device)              # [2, batch, head_width]
             total: dict[str, float] = {}
             for at in range(0, config.batch, config.micro_batch):
                 part = slice(at, at + config.micro_batch)
-                inputs = _inputs(model, train_pairs, texts, rows[part], swapped[part])  # 2b images, chosen ones first
+                inputs = _inputs(model, train_pairs, texts, *(a[part] for a in batch))  # 2b images, chosen ones first
                 mu, log_sigma = model(inputs.to(device), keep[:, part].flatten(0, 1))   # [2b], [2b]
                 loss, metrics = pair_loss(mu, log_sigma, step=step, config=config, seed=seed)
-                share = len(rows[part]) / config.batch
+                share = len(batch[0][part]) / config.batch
                 (loss * share).backward()
                 for name, value in {"loss": loss.detach(), **metrics}.items():
                     total[name] = total.get(name, 0.0) + share * value.item()
@@ -139,20 +140,23 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, config: RewardConfig)
         group["lr"] = group["base_lr"] * factor
 
 
-def batch_of(step: int, n: int, *, config: RewardConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def batch_of(step: int, n: int, *, config: RewardConfig, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which pairs an update sees: the next ones of an endless row of reshuffled epochs.
 
     Returns:
-        int [batch], positions among the n pairs, and bool [batch], which of them are seen from the perturbed prompt.
+        int [batch], positions among the n pairs; bool [batch], which of them are seen from the perturbed prompt; and
+        int [batch], the seed of a distortion of the chosen image that stands in for the rejected one, or -1.
     """
     at = np.arange(step * config.batch, (step + 1) * config.batch)
     rows, swapped = np.empty(config.batch, dtype=np.int64), np.empty(config.batch, dtype=bool)
+    distorted = np.empty(config.batch, dtype=np.int64)
     for epoch in np.unique(at // n).tolist():
         rng = np.random.default_rng(seed_of(seed, STAGE, "order", epoch))
         order, swap = rng.permutation(n), rng.random(n) < config.swap
+        seeds = np.where(rng.random(n) < config.distorted, rng.integers(2**62, size=n), -1)
         here = at // n == epoch
-        rows[here], swapped[here] = order[at[here] % n], swap[at[here] % n]
-    return rows, swapped
+        rows[here], swapped[here], distorted[here] = order[at[here] % n], swap[at[here] % n], seeds[at[here] % n]
+    return rows, swapped, distorted
 
 
 def dropout_mask(step: int, *, config: RewardConfig, seed: int) -> Tensor:
@@ -169,14 +173,14 @@ def _texts(model: SpatialScoreModel, pairs: Sequence[Preference]) -> list[list[l
 
 
 def _inputs(model: SpatialScoreModel, pairs: Sequence[Preference], texts: Sequence[list[list[int]]], rows: np.ndarray,
-            swapped: np.ndarray) -> Inputs:
+            swapped: np.ndarray, distorted: np.ndarray) -> Inputs:
     """The images of some pairs, chosen ones first, each under the prompt that it is judged under."""
     chosen, rejected, prompts = [], [], []
-    for i, swap in zip(rows.tolist(), swapped.tolist(), strict=True):
+    for i, swap, broken in zip(rows.tolist(), swapped.tolist(), distorted.tolist(), strict=True):
         name = f"pair {pairs[i].prompt.id}"
         images = [decode(pairs[i].chosen, f"{name}, chosen"), decode(pairs[i].rejected, f"{name}, rejected")]
         chosen.append(images[swap])  # each image satisfies its own prompt, so from the other prompt they change places
-        rejected.append(images[1 - swap])
+        rejected.append(images[1 - swap] if broken < 0 else distort(images[swap], np.random.default_rng(broken)))
         prompts.append(texts[i][swap])
     return model.collate([*chosen, *rejected], prompts * 2)
 
