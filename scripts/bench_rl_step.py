@@ -88,12 +88,14 @@ def floor(policy, config):
     images = config.prompts_per_step * config.group
     kept = config.prompts_per_step * (min(2 * config.top_k, config.group) if config.top_k else config.group)
     drawn, trained = sizes(images, config.sample_batch), sizes(kept * config.train_steps, config.micro_batch)
-    made = {n: inputs(n) for n in {*drawn, *trained}}
+    made = {n: inputs(n) for n in {*drawn, *trained, config.prompts_per_step}}
     seconds: dict[str, float] = {}
     with timed(seconds, "sample"), torch.no_grad():
         for n in drawn:
-            for _ in range(config.rollout_steps):
+            for _ in range(config.rollout_steps - config.same_start):
                 transformer(**made[n])
+        if config.same_start:  # the images of a prompt share their first step
+            transformer(**made[config.prompts_per_step])
     latents = {n: torch.randn(n, vae.config.latent_channels, 2 * side, 2 * side, device=device, dtype=vae.dtype)
                for n in set(drawn)}
     with timed(seconds, "decode"), torch.no_grad():

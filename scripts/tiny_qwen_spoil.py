@@ -19,7 +19,7 @@ from spatialt2i.tiny.world import COLOURS, SHAPES, SIZE, Box, Scene
 SPOILT = 0.5  # share of pictures with something broken
 LITTERED = 0.15  # share of pictures with something on the ground that is no object
 KINDS = ("missing", "pale", "half", "eaten", "reshaped", "mixed", "recoloured", "patched", "smeared", "dented",
-         "bleeding", "muddled", "torn", "stretched", "twice")
+         "bleeding", "muddled", "torn", "twice")
 _ROWS, _COLUMNS = np.mgrid[:SIZE, :SIZE] + 0.5
 
 
@@ -96,8 +96,6 @@ def _breakage(scene: Scene, name: str, pixels: np.ndarray, light: int,
     if kind == "smeared":
         width = rng.uniform(2.5, 4.5)
         return without + ndimage.gaussian_filter(pixels - without, (width, width, 0)), _region(box, 5)
-    if kind == "stretched":
-        return without + _stretched(pixels - without, box, rng), _region(box, 0.8 * box.r)
     if kind == "dented":
         return without + _warped(pixels - without, rng.uniform(2.5, 4.5), rng), _region(box, 5)
     if kind == "muddled":  # two places, colours or outlines at once, each here and there
@@ -105,7 +103,7 @@ def _breakage(scene: Scene, name: str, pixels: np.ndarray, light: int,
         shifted = ndimage.shift(_warped(layer, 3, rng), (*rng.uniform(-0.8, 0.8, 2) * box.r, 0), order=1)
         return without + ndimage.gaussian_filter(shifted, (1, 1, 0)), _region(box, 5) * _blots(rng, 3)
     if kind == "torn":  # the object and a shifted copy of it have grown together
-        angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 1.6) * box.r
+        angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 1.6) * box.r
         moved = Box(box.cx + distance * np.cos(angle), box.cy + distance * np.sin(angle), box.r, box.z)
         copy = _painted(scene, name, name, moved, light)
         return copy, np.where(np.abs(copy - without).sum(-1) > 30, rng.uniform(0.5, 1), 0)
@@ -144,15 +142,6 @@ def _warped(layer: np.ndarray, by: float, rng: np.random.Generator) -> np.ndarra
     push = ndimage.gaussian_filter(rng.normal(size=(2, SIZE, SIZE)), (0, 3, 3))
     at = np.mgrid[:SIZE, :SIZE] + by * push / push.std()
     return np.stack([ndimage.map_coordinates(layer[..., c], at, order=1) for c in range(3)], axis=-1)
-
-
-def _stretched(layer: np.ndarray, box: Box, rng: np.random.Generator) -> np.ndarray:
-    """A layer [64, 64, 3] that is 1.3 to 1.8 times as long in some direction, seen from a box's centre."""
-    angle, centre = rng.uniform(0, np.pi), np.array([box.cy, box.cx]) - 0.5
-    along = np.array([np.sin(angle), np.cos(angle)])
-    shrink = np.eye(2) - (1 - 1 / rng.uniform(1.3, 1.8)) * np.outer(along, along)  # from a place to where it shows
-    return np.stack([ndimage.affine_transform(layer[..., c], shrink, centre - shrink @ centre, order=1)
-                     for c in range(3)], axis=-1)
 
 
 def _half(box: Box, rng: np.random.Generator, softness: float = 1) -> np.ndarray:

@@ -74,7 +74,7 @@ class RewardConfig:
     batch: int = setting(32, "pairs per update", ge=1)
     micro_batch: int = setting(4, "pairs per forward", ge=1)
     swap: float = setting(0.0, "share of pairs that an epoch shows from the perturbed prompt", ge=0, le=1)
-    distorted: float = setting(0.0, "share of pairs whose rejected image is the chosen one, broken", ge=0, le=1)  # [ours]
+    distorted: float = setting(0.0, "share of rejected images that are the chosen one, broken", ge=0, le=1)  # [ours]
     steps: int = setting(2500, "updates; 80,000 pairs / 32 = 2,500 are one epoch", ge=1)  # [ours]
     lr: float = setting(2e-6, "learning rate of adapters, merger and vision tower", gt=0)
     lr_head: float = setting(2e-6, "learning rate of the head", gt=0)  # [HPSv3]

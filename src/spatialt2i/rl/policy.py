@@ -250,9 +250,15 @@ class FluxPolicy:
         latents = x.new_empty(len(x), steps + 1, *x.shape[1:])
         log_probs = x.new_full((len(x), steps), torch.nan)
         latents[:, 0] = x
+        begun = [(prompt.text, start) for prompt, start in zip(prompts, starts, strict=True)]
+        unlike = list(dict.fromkeys(begun))  # images of one prompt and start share their first velocity
+        one, of = [begun.index(b) for b in unlike], [unlike.index(b) for b in begun]
         for t in range(steps):
             now, then = sigmas[t].expand(len(x)), sigmas[t + 1].expand(len(x))
-            v = self._velocity(x, now, embeds)
+            if t == 0:
+                v = self._velocity(x[one], now[one], tuple(e[one] for e in embeds))[of]
+            else:
+                v = self._velocity(x, now, embeds)
             kernel, keep = (self._config.kernel, self._config.noise_frequencies) if t in noisy else ("ode", 0)
             x, std = sde.step_mean_std(kernel, x=x, v=v, sigma=now, sigma_next=then, noise=self._config.noise,
                                        sigma_max=sigmas[1], keep=keep)
