@@ -16,6 +16,8 @@ from spatialt2i.core.run import RunDir
 from spatialt2i.core.store import read_preferences, write_preferences
 from spatialt2i.reward import train as training
 from spatialt2i.reward.checkpoint import CheckpointMismatch
+from spatialt2i.reward.distort import distort
+from spatialt2i.reward.pixels import decode
 from spatialt2i.reward.scorer import SpatialScore
 from spatialt2i.reward.train import TrainingDiverged, batch_of, dropout_mask, train
 
@@ -219,11 +221,24 @@ def test_batches_are_shuffled_epochs_whatever_the_batch(make_model):
 def test_swapped_pairs_are_seen_from_the_perturbed_prompt(make_model, pairs):
     model = make_model()
     texts = training._texts(model, pairs)
-    ours = training._inputs(model, pairs, texts, np.array([2, 5]), np.array([True, False]))
+    whole = np.array([-1, -1])
+    ours = training._inputs(model, pairs, texts, np.array([2, 5]), np.array([True, False]), whole)
     swapped = [pairs[2].swap(), pairs[5]]
     expected = training._inputs(model, swapped, training._texts(model, swapped), np.array([0, 1]),
-                                np.array([False, False]))
+                                np.array([False, False]), whole)
     assert torch.equal(ours.input_ids, expected.input_ids) and torch.equal(ours.patches, expected.patches)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_distorted_pair_is_the_chosen_image_and_a_broken_copy_of_it(make_model, pairs, swap):
+    model = make_model()
+    found = training._inputs(model, pairs, training._texts(model, pairs), np.array([3]), np.array([swap]),
+                             np.array([77]))
+    chosen = decode(pairs[3].rejected if swap else pairs[3].chosen, "image")
+    broken = distort(chosen, np.random.default_rng(77))
+    assert (broken != chosen).any()
+    expected = model.collate([chosen, broken], [training._texts(model, pairs)[3][swap]] * 2)
+    assert torch.equal(found.patches, expected.patches) and torch.equal(found.input_ids, expected.input_ids)
 
 
 def test_dropout_is_named_by_the_step(make_model):
