@@ -53,11 +53,10 @@ def _eye_catcher(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _break(pixels: np.ndarray, centre: np.ndarray, r: float, along: np.ndarray, kind: str,
            rng: np.random.Generator) -> np.ndarray:
     """float32 [H, W, 3], what is to be seen in and around the disc."""
-    background = np.median(pixels, axis=(0, 1))
     if kind == "smeared":
         return ndimage.gaussian_filter(pixels, (0.45 * r, 0.45 * r, 0))
     if kind == "erased":
-        return np.broadcast_to(background, pixels.shape)
+        return np.broadcast_to(np.median(pixels, axis=(0, 1)), pixels.shape)
     if kind == "mixed":  # what is elsewhere in the image shines through
         return 0.5 * pixels + 0.5 * np.roll(pixels, rng.integers(0, pixels.shape[:2]), (0, 1))
     at = np.mgrid[:pixels.shape[0], :pixels.shape[1]].astype(np.float32)
@@ -71,6 +70,7 @@ def _break(pixels: np.ndarray, centre: np.ndarray, r: float, along: np.ndarray, 
         at -= (1 - 1 / rng.uniform(1.4, 2)) * np.einsum("i,j,jhw->ihw", along, along, offset)
     moved = np.stack([ndimage.map_coordinates(pixels[..., c], at, order=1, mode="nearest") for c in range(3)], axis=-1)
     if kind == "copied":
+        background = np.median(pixels, axis=(0, 1))
         both = np.where(np.abs(moved - background).sum(-1, keepdims=True) > _VISIBLE, moved, pixels)
         seam = rng.uniform(0, 0.12) * r  # blurred, because generators leave none
         return ndimage.gaussian_filter(both, (seam, seam, 0))

@@ -178,9 +178,10 @@ def _inputs(model: SpatialScoreModel, pairs: Sequence[Preference], texts: Sequen
     chosen, rejected, prompts = [], [], []
     for i, swap, broken in zip(rows.tolist(), swapped.tolist(), distorted.tolist(), strict=True):
         name = f"pair {pairs[i].prompt.id}"
-        images = [decode(pairs[i].chosen, f"{name}, chosen"), decode(pairs[i].rejected, f"{name}, rejected")]
-        chosen.append(images[swap])  # each image satisfies its own prompt, so from the other prompt they change places
-        rejected.append(images[1 - swap] if broken < 0 else distort(images[swap], np.random.default_rng(broken)))
+        sides = (pairs[i].chosen, f"{name}, chosen"), (pairs[i].rejected, f"{name}, rejected")
+        image = decode(*sides[swap])  # each image satisfies its own prompt, so from the other one they change places
+        chosen.append(image)
+        rejected.append(decode(*sides[1 - swap]) if broken < 0 else distort(image, np.random.default_rng(broken)))
         prompts.append(texts[i][swap])
     return model.collate([*chosen, *rejected], prompts * 2)
 

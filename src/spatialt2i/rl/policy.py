@@ -251,12 +251,12 @@ class FluxPolicy:
         log_probs = x.new_full((len(x), steps), torch.nan)
         latents[:, 0] = x
         begun = [(prompt.text, start) for prompt, start in zip(prompts, starts, strict=True)]
-        unlike = list(dict.fromkeys(begun))  # images of one prompt and start share their first velocity
-        one, of = [begun.index(b) for b in unlike], [unlike.index(b) for b in begun]
+        distinct = list(dict.fromkeys(begun))  # images of one prompt and start share their first velocity
+        rows, owner = [begun.index(b) for b in distinct], [distinct.index(b) for b in begun]
         for t in range(steps):
             now, then = sigmas[t].expand(len(x)), sigmas[t + 1].expand(len(x))
             if t == 0:
-                v = self._velocity(x[one], now[one], tuple(e[one] for e in embeds))[of]
+                v = self._velocity(x[rows], now[rows], tuple(e[rows] for e in embeds))[owner]
             else:
                 v = self._velocity(x, now, embeds)
             kernel, keep = (self._config.kernel, self._config.noise_frequencies) if t in noisy else ("ode", 0)
