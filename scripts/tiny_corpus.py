@@ -26,6 +26,7 @@ RELATIONS = (0.15, 0.25, 0.25, 0.13, 0.09, 0.07, 0.06)  # share of captions with
 TEXT_TOKENS = 40
 CAPTIONS = 4  # phrasings (and scramblings) per picture
 CHUNK = 500
+MOST_OBJECTS = 7
 
 
 def scrambled(relations: tuple[Relation, ...], share: float, rng: np.random.Generator) -> list[Relation]:
@@ -52,10 +53,22 @@ def object_map(scene: Scene) -> np.ndarray:
     return found
 
 
+def object_boxes(scene: Scene) -> np.ndarray:
+    """Where each object is, hidden or not.
+
+    Returns:
+        float16 [7, 5], a row an object: position in `OBJECTS`, cx, cy, r in pixels, depth; -1 where there is no more.
+    """
+    rows = np.full((MOST_OBJECTS, 5), -1, dtype=np.float16)
+    for row, (name, box) in zip(rows, scene.boxes.items(), strict=False):
+        row[:] = OBJECTS.index(name), box.cx, box.cy, box.r, box.z
+    return rows
+
+
 def make_chunk(start: int, *, stop: int, seed: int, scramble: float) -> dict[str, np.ndarray]:
     """The pictures from ``start`` on, CHUNK or those before ``stop``; each is reproducible from its number alone."""
     writer, tokenizer = TinyWriter(), make_tokenizer(max_length=TEXT_TOKENS)
-    images, maps, texts = [], [], []
+    images, maps, boxes, texts = [], [], [], []
     numbers = range(start, min(start + CHUNK, stop))
     for i in numbers:
         rng = np.random.default_rng(seed_of(seed, "corpus", i))
@@ -66,20 +79,21 @@ def make_chunk(start: int, *, stop: int, seed: int, scramble: float) -> dict[str
             scene = solve(prompt.objects, prompt.relations, prompt.scene, rng)
         images.append(paint(scene, rng))
         maps.append(object_map(scene))
+        boxes.append(object_boxes(scene))
         for _ in range(CAPTIONS):
             texts.append(render(prompt.scene, scrambled(prompt.relations, scramble, rng), int(rng.integers(2**60))))
     ids = tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="np").input_ids
-    return {"images": np.stack(images), "maps": np.stack(maps),
+    return {"images": np.stack(images), "maps": np.stack(maps), "boxes": np.stack(boxes),
             "tokens": ids.reshape(len(numbers), CAPTIONS, TEXT_TOKENS).astype(np.int16)}
 
 
 def main() -> None:
-    """Write ``images.npy``, ``maps.npy`` and ``tokens.npy``; goes on where an earlier call was stopped."""
+    """Write ``images``, ``maps``, ``boxes`` and ``tokens`` (.npy); goes on where an earlier call was stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/corpus"))
     parser.add_argument("--count", type=int, default=80_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--scramble", type=float, default=0.1, help="share of relations that captions state wrongly")
+    parser.add_argument("--scramble", type=float, default=0.0, help="share of relations that captions state wrongly")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     wanted = {"count": args.count, "seed": args.seed, "scramble": args.scramble}
@@ -89,7 +103,7 @@ def main() -> None:
     done = done if found == wanted else 0
     args.out.mkdir(parents=True, exist_ok=True)
     shapes = {"images": ((SIZE, SIZE, 3), np.uint8), "maps": ((16, 16), np.uint8),
-              "tokens": ((CAPTIONS, TEXT_TOKENS), np.int16)}
+              "boxes": ((MOST_OBJECTS, 5), np.float16), "tokens": ((CAPTIONS, TEXT_TOKENS), np.int16)}
     files = {k: np.lib.format.open_memmap(args.out / f"{k}.npy", "r+" if done else "w+", dtype, (args.count, *shape))
              for k, (shape, dtype) in shapes.items()}
     starts = range(done, args.count, CHUNK)

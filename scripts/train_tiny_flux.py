@@ -10,9 +10,9 @@ Each part writes checkpoints and continues from them. ``flow`` ends by writing a
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from _checkpoint import load_state, make_optimizers, save_state
 from spatialt2i.core.run import atomic_path, file_hash, progress, seed_of
 from spatialt2i.tiny.tokenizer import CLIP_LENGTH, make_tokenizer
 from spatialt2i.tiny.world import OBJECTS
-from train_tiny_text import make_text_encoder
+from train_tiny_text import Places, make_text_encoder
 
 LATENT_CHANNELS = 8
 SHIFT = 3.0  # of the training noise levels: what is drawn is decided at high ones
@@ -112,10 +112,11 @@ def blend(average: dict[str, torch.Tensor], module: torch.nn.Module, decay: floa
 
 
 class Flow(torch.nn.Module):
-    """What the flow loss trains: the transformer, both text encoders, and an auxiliary reader that is thrown away.
+    """What the flow loss trains: the transformer, both text encoders, and two auxiliary readers that are thrown away.
 
-    The reader predicts from inner image tokens which of the objects covers each quarter of a token. It makes the
-    network bind shapes to places early, at noise levels where the picture alone shows colours only.
+    One predicts from inner image tokens which of the objects covers each quarter of a token. It makes the network bind
+    shapes to places early, at noise levels where the picture alone shows colours only. The other goes on with what the
+    T5 encoder was taught first: to tell places from the text alone.
     """
 
     def __init__(self) -> None:
@@ -130,6 +131,7 @@ class Flow(torch.nn.Module):
             vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
             max_position_embeddings=CLIP_LENGTH, pad_token_id=0, bos_token_id=None, eos_token_id=1, projection_dim=64))
         self.reader = torch.nn.Linear(192, 4 * (1 + len(OBJECTS)))
+        self.places = Places()
         self._inner: torch.Tensor | None = None
         self.transformer.single_transformer_blocks[AUX_BLOCK].register_forward_hook(self._keep)
 
@@ -137,14 +139,19 @@ class Flow(torch.nn.Module):
         self._inner = output[1]
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, guidance: torch.Tensor, tokens: torch.Tensor,
-                ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Velocity [B, 64, 32] and object logits [B, 64, 4, 33] of noisy latents x at noise levels t [B]."""
+                ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Velocity [B, 64, 32], object logits [B, 64, 4, 33] and text states of noisy latents x at noise levels t [B]."""
         text = self.t5(tokens).last_hidden_state
         pooled = self.clip(tokens).pooler_output
         v = self.transformer(hidden_states=x, timestep=t, guidance=guidance, pooled_projections=pooled,
                              encoder_hidden_states=text, txt_ids=torch.zeros(tokens.shape[1], 3), img_ids=ids,
                              return_dict=False)[0]
-        return v, self.reader(self._inner).unflatten(-1, (4, -1))
+        return v.float(), self.reader(self._inner).float().unflatten(-1, (4, -1)), text
+
+    def compile(self) -> None:
+        """Compile the transformer's blocks, which halves the time of an update; needs a C++ compiler."""
+        for block in (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks):
+            block.compile(dynamic=False)
 
 
 def make_latents(args: argparse.Namespace, vae: AutoencoderKL) -> np.ndarray:
@@ -170,28 +177,27 @@ def train_flow(args: argparse.Namespace) -> None:
     """Flow matching on v = noise - picture, a tenth of the captions left empty, plus the auxiliary reader.
 
     From step ``args.guide_from`` on the target carries classifier-free guidance, so that the guidance input means what
-    it means in FLUX.1-dev. The forward and backward passes run on a copy of the weights in ``args.dtype``; the
-    optimizers keep float32 ones.
+    it means in FLUX.1-dev.
     """
     torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.out / "vae")
     latents = make_latents(args, vae)
-    maps, tokens = np.load(args.corpus / "maps.npy"), np.load(args.corpus / "tokens.npy", mmap_mode="r")
+    maps, boxes = np.load(args.corpus / "maps.npy"), np.load(args.corpus / "boxes.npy")
+    tokens = np.load(args.corpus / "tokens.npy", mmap_mode="r")
     flow = Flow()
     flow.t5.load_state_dict(T5EncoderModel.from_pretrained(args.out / "text").state_dict())
     average = {k: v.clone() for k, v in flow.state_dict().items()}
     optimizers = make_optimizers(flow, lr=args.lr, lr_matrices=args.lr_matrices)
     state = args.out / "flow_state.safetensors"
     start = load_state(state, module=flow, average=average, optimizers=optimizers)
-    worker = Flow().to(getattr(torch, args.dtype))
+    if shutil.which("c++"):
+        flow.compile()
     empty = torch.from_numpy(make_tokenizer(max_length=CLIP_LENGTH)(
         "", padding="max_length", max_length=tokens.shape[2], return_tensors="np").input_ids)
     weight = torch.ones(1 + len(OBJECTS))
     weight[0] = 0.25  # most of a picture is background
     saved = time.monotonic()
     for step in progress(range(start, args.steps), desc="flow", total=args.steps, initial=start):
-        with torch.no_grad():
-            torch._foreach_copy_([*worker.parameters()], [*flow.parameters()])
         rng = np.random.default_rng((args.seed, step))
         torch.manual_seed(args.seed * 1_000_003 + step)
         pick = rng.integers(len(latents), size=args.batch)
@@ -199,29 +205,30 @@ def train_flow(args: argparse.Namespace) -> None:
         words = torch.from_numpy(tokens[pick, rng.integers(tokens.shape[1], size=args.batch)].astype(np.int64))
         words[torch.rand(args.batch) < 0.1] = empty
         target = torch.from_numpy(maps[pick].astype(np.int64)).reshape(-1, 8, 2, 8, 2).permute(0, 1, 3, 2, 4)
-        error, reading = flow_loss(worker, x0, words, target.reshape(-1), weight,
-                                   empty if step >= args.guide_from else None)
-        (error + args.aux * reading).backward()
-        for master, copied in zip(flow.parameters(), worker.parameters(), strict=True):
-            master.grad = copied.grad.float()
-            copied.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            error, reading, text = flow_loss(flow, x0, words, target.reshape(-1), weight,
+                                             empty if step >= args.guide_from else None)
+            telling, found = flow.places(text, words, torch.from_numpy(boxes[pick].astype(np.float32)))
+        (error + args.aux * reading + args.aux_text * telling).backward()
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
         for optimizer, peak in zip(optimizers, (args.lr, args.lr_matrices), strict=True):
             optimizer.param_groups[0]["lr"] = rate(step, args.steps, peak, 200)
             optimizer.step()
+            optimizer.zero_grad()
         blend(average, flow, min(0.999, (step + 1) / (step + 100)))
         if step % 50 == 0:
-            log(args.out / "flow.jsonl", step=step, error=float(error), reading=float(reading), norm=float(norm))
+            values = {"error": error, "reading": reading, "telling": telling, "norm": norm}
+            log(args.out / "flow.jsonl", step=step, **{k: v.item() for k, v in values.items()}, **found)
         if time.monotonic() - saved > 180 or step + 1 == args.steps:
             save_state(state, step=step + 1, module=flow, average=average, optimizers=optimizers)
-            write_pipeline(args.out, flow, average, vae)
+            write_pipeline(args.out, average, vae)
             saved = time.monotonic()
-    write_pipeline(args.out, flow, average, vae)
+    write_pipeline(args.out, average, vae)
 
 
 def flow_loss(flow: Flow, x0: torch.Tensor, words: torch.Tensor, target: torch.Tensor, weight: torch.Tensor,
-              empty: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared velocity error, and cross-entropy of the reader, at random noise levels.
+              empty: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Squared velocity error, and cross-entropy of the reader, at random noise levels; the text's states.
 
     With ``empty``, the tokens of the empty caption, half of the batch learns guidance g in 1..5 in one go with the flow
     (model guidance, arXiv 2502.12154): its target is u + (1 - 1 / g) (v - v_empty), whose fixed point in v is
@@ -232,32 +239,31 @@ def flow_loss(flow: Flow, x0: torch.Tensor, words: torch.Tensor, target: torch.T
     t = torch.where(torch.rand(len(x0)) < TOP_SHARE, TOP + (1 - TOP) * torch.rand(len(x0)), t)
     noise = torch.randn_like(x0)
     x, u = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise, noise - x0
-    dtype = flow.reader.weight.dtype
-    ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", dtype)
+    ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32)
     guidance = 1 + 4 * torch.rand(len(x0))
     half = len(x0) // 2
     # the fused attention's backward pass on CPUs is several times slower than the plain one at these lengths
     with sdpa_kernel(SDPBackend.MATH):
         if empty is not None:
             guidance[half:] = 1
-        v, logits = flow(x.to(dtype), t.to(dtype), guidance.to(dtype), words, ids)
+        v, logits, text = flow(x, t, guidance, words, ids)
         if empty is not None:
             with torch.no_grad():
-                base = flow(x[:half].to(dtype), t[:half].to(dtype), torch.ones(half, dtype=dtype),
-                            empty.expand(half, -1), ids)[0]
+                base = flow(x[:half], t[:half], torch.ones(half), empty.expand(half, -1), ids)[0]
             guided = (words[:half] != empty).any(1) * (1 - 1 / guidance[:half])  # [B / 2]
-            u[:half] += guided[:, None, None] * (v[:half].detach() - base).float()
-        error = (v.float() - u).square().mean()
-        return error, F.cross_entropy(logits.float().flatten(0, 2), target, weight=weight)
+            u[:half] += guided[:, None, None] * (v[:half].detach() - base)
+        error = (v - u).square().mean()
+        return error, F.cross_entropy(logits.flatten(0, 2), target, weight=weight), text
 
 
-def write_pipeline(folder: Path, flow: Flow, average: dict[str, torch.Tensor], vae: AutoencoderKL) -> None:
+def write_pipeline(folder: Path, average: dict[str, torch.Tensor], vae: AutoencoderKL) -> None:
     """The averaged weights as a stock FluxPipeline folder, in bfloat16."""
-    mean = copy.deepcopy(flow)
+    mean = Flow()
     mean.load_state_dict(average)
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096),
+            # as FLUX.1-dev has it, for pictures of 64 tokens where that draws pictures of 4,096
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=4, max_image_seq_len=64),
         vae=vae, text_encoder=mean.clip, tokenizer=make_tokenizer(max_length=CLIP_LENGTH), text_encoder_2=mean.t5,
         tokenizer_2=make_tokenizer(max_length=512), transformer=mean.transformer)
     vae.register_to_config(_name_or_path="vae")  # not the folder of this machine that it was read from
@@ -277,6 +283,7 @@ def main() -> None:
     parser.add_argument("--lr-matrices", type=float, default=2e-3, help="peak learning rate of Muon")
     parser.add_argument("--guide-from", type=int, default=2500, help="first step whose target carries guidance")
     parser.add_argument("--aux", type=float, default=0.25, help="weight of the auxiliary reader")
+    parser.add_argument("--aux-text", type=float, default=0.05, help="weight of what is told from the text alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

@@ -5,7 +5,8 @@
 FLUX gives its text tokens no positions, so that only the T5 encoder can tell "a left of b" from "b left of a". It does
 so by its relative position biases, which in flow matching hardly move (measured: after 10,000 updates they were what
 they had been at the start, and pictures followed relations little better than chance). Here every mention of an object
-predicts where its object is, and every two mentions predict the offset of their objects; minutes are enough.
+predicts where its object is, and every two mentions predict the offset of their objects and which of them is in front
+where they overlap; minutes are enough. `train_tiny_flux.py flow` goes on teaching this next to the pictures.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from _checkpoint import load_state, make_optimizers, save_state
 from spatialt2i.core.run import progress
 from spatialt2i.core.store import append_jsonl
 from spatialt2i.tiny.tokenizer import CLIP_LENGTH, make_tokenizer
-from spatialt2i.tiny.world import OBJECTS
+from spatialt2i.tiny.world import OBJECTS, SIZE
 
 WIDTH, HEADS, PAIR_WIDTH = 128, 4, 32
 CELLS = 8  # places are told on a grid of 8 x 8
@@ -48,64 +49,64 @@ def make_text_encoder() -> T5EncoderModel:
     return t5
 
 
-def centres(maps: np.ndarray) -> Tensor:
-    """Centre (x, y) in 0..1 of what is visible of each object, float32 [N, 32, 2]; NaN where there is nothing.
-
-    Args:
-        maps: uint8 [N, 16, 16], the corpus's object maps.
-    """
-    out = np.full((len(maps), len(OBJECTS), 2), np.nan, dtype=np.float32)
-    y, x = np.mgrid[0:maps.shape[1], 0:maps.shape[2]] + 0.5
-    for i in range(len(OBJECTS)):
-        shown = maps == 1 + i
-        count = shown.sum((1, 2))
-        some = count > 0
-        out[some, i, 0] = (shown[some] * x).sum((1, 2)) / count[some] / maps.shape[2]
-        out[some, i, 1] = (shown[some] * y).sum((1, 2)) / count[some] / maps.shape[1]
-    return torch.from_numpy(out)
-
-
 class Places(nn.Module):
-    """The encoder, with heads that are thrown away: the place of a mention, the offset of two."""
+    """Heads that are thrown away: from the text alone, the place of a mention, the offset and the depth of two."""
 
     def __init__(self) -> None:
         super().__init__()
-        bins = 2 * (len(OFFSETS) + 1)
-        self.t5 = make_text_encoder()
+        self.shapes = (len(OFFSETS) + 1, len(OFFSETS) + 1, 3)  # classes: offset along x, along y, depth
+        logits = sum(self.shapes)
         self.place = nn.Linear(WIDTH, CELLS**2)
-        self.subject, self.other = nn.Linear(WIDTH, bins), nn.Linear(WIDTH, bins)
-        self.query, self.key = nn.Linear(WIDTH, bins * PAIR_WIDTH), nn.Linear(WIDTH, PAIR_WIDTH)
+        self.subject, self.other = nn.Linear(WIDTH, logits), nn.Linear(WIDTH, logits)
+        self.query, self.key = nn.Linear(WIDTH, logits * PAIR_WIDTH), nn.Linear(WIDTH, PAIR_WIDTH)
         tokenizer = make_tokenizer(max_length=CLIP_LENGTH)
         self.object_of = torch.full((len(tokenizer),), -1)  # which object a token mentions
         for i, name in enumerate(OBJECTS):
             self.object_of[tokenizer(name).input_ids[0]] = i
 
-    def forward(self, words: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of places, loss of offsets, and the share of clear offsets whose side is told rightly.
+    def forward(self, hidden: Tensor, words: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The loss, and the shares of clear offsets and of overlaps whose order is told rightly.
 
         Args:
-            words: int64 [B, L].
-            centre: [B, 32, 2], as `centres` gives them.
+            hidden: [B, L, WIDTH], the encoder's states. words: int64 [B, L].
+            boxes: float32 [B, 7, 5], as the corpus has them.
         """
+        table = boxes.new_full((len(boxes), len(OBJECTS) + 1, 4), torch.nan)  # the last row takes what is no object
+        index = boxes[..., 0].long()
+        index = torch.where(index < 0, len(OBJECTS), index)
+        table.scatter_(1, index[..., None].expand(-1, -1, 4), boxes[..., 1:])
+        table[:, -1] = torch.nan
         named = self.object_of[words]  # [B, L]
-        at = centre.gather(1, named.clamp(min=0)[..., None].expand(-1, -1, 2))  # [B, L, 2]
-        mention = (named >= 0) & ~at.isnan().any(-1)
-        hidden = self.t5(words).last_hidden_state
-        column, row = (at[mention] * CELLS).long().clamp(max=CELLS - 1).unbind(-1)
-        place = F.cross_entropy(self.place(hidden[mention]), row * CELLS + column)
+        box = table.gather(1, named.where(named >= 0, len(OBJECTS))[..., None].expand(-1, -1, 4))  # [B, L, 4]
+        mention = ~box.isnan().any(-1)
+        column, row = (box[mention][:, :2] / SIZE * CELLS).long().clamp(0, CELLS - 1).unbind(-1)
+        place = F.cross_entropy(self.place(hidden[mention]).float(), row * CELLS + column)
         pairs = mention[:, :, None] & mention[:, None, :] & (named[:, :, None] != named[:, None, :])
         b, i, j = pairs.nonzero(as_tuple=True)
-        offset = at[b, i] - at[b, j]  # [M, 2]
         query = self.query(hidden[b, i]).unflatten(1, (-1, PAIR_WIDTH))
-        logits = (query * self.key(hidden[b, j])[:, None]).sum(-1)
-        logits = (logits + self.subject(hidden[b, i]) + self.other(hidden[b, j])).unflatten(1, (2, -1))  # [M, 2, bins]
-        losses = F.cross_entropy(logits.flatten(0, 1), torch.bucketize(offset, OFFSETS).flatten(), reduction="none")
+        logits = (query * self.key(hidden[b, j])[:, None]).sum(-1) + self.subject(hidden[b, i])
+        logits = (logits + self.other(hidden[b, j])).float().split(self.shapes, dim=1)
+        one, two = box[b, i], box[b, j]  # [M, 4]
+        offset = (one - two)[:, :2] / SIZE
+        reach = (one + two)[:, 2] / SIZE - 1 / SIZE
+        depth = torch.where(offset.abs().amax(1) < reach, 1 + (one[:, 3] > two[:, 3]).long(), 0)  # apart, behind, front
+        goals = (*torch.bucketize(offset, OFFSETS).unbind(1), depth)
+        losses = sum(F.cross_entropy(x, y, reduction="none") for x, y in zip(logits, goals, strict=True))
         weight = 1 / pairs.sum((1, 2))[b]  # every text counts the same
         half = len(OFFSETS) // 2
-        chance = logits.detach().softmax(-1)
+        chance = torch.stack(logits[:2], 1).detach().softmax(-1)  # [M, 2, bins]
         side = chance[..., half + 1:].sum(-1) > chance[..., :half].sum(-1)
-        right = (side == (offset > 0))[offset.abs() > CLEARLY].float().mean()
-        return place, (losses.view(-1, 2).mean(1) * weight).sum() / weight.sum(), right
+        found = {"side": float((side == (offset > 0))[offset.abs() > CLEARLY].float().mean()),
+                 "depth": float(((logits[2][:, 2] > logits[2][:, 1]) == (depth == 2))[depth > 0].float().mean())}
+        return 0.3 * place + (losses * weight).sum() / weight.sum() / 2, found
+
+
+class Reader(nn.Module):
+    """The encoder with its `Places`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t5, self.places = make_text_encoder(), Places()
 
 
 def main() -> None:
@@ -122,8 +123,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    centre, tokens = centres(np.load(args.corpus / "maps.npy")), np.load(args.corpus / "tokens.npy", mmap_mode="r")
-    model = Places()
+    boxes, tokens = np.load(args.corpus / "boxes.npy"), np.load(args.corpus / "tokens.npy", mmap_mode="r")
+    model = Reader()
     biases = [p for n, p in model.named_parameters() if "relative_attention_bias" in n]
     optimizers = make_optimizers(model, lr=args.lr, lr_matrices=args.lr_matrices, without=biases)
     optimizers.append(torch.optim.AdamW(biases, lr=LR_BIAS, betas=(0.9, 0.99), weight_decay=0))
@@ -133,16 +134,16 @@ def main() -> None:
         rng = np.random.default_rng((args.seed, step))
         pick = rng.integers(len(tokens), size=args.batch)
         words = torch.from_numpy(tokens[pick, rng.integers(tokens.shape[1], size=args.batch)].astype(np.int64))
-        place, offset, right = model(words, centre[torch.from_numpy(pick)])
-        (0.3 * place + offset).backward()
+        hidden = model.t5(words).last_hidden_state
+        loss, found = model.places(hidden, words, torch.from_numpy(boxes[pick].astype(np.float32)))
+        loss.backward()
         rate = min(1, (step + 1) / 100) * (1 - step / args.steps)
         for optimizer, peak in zip(optimizers, (args.lr, args.lr_matrices, LR_BIAS), strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate
             optimizer.step()
             optimizer.zero_grad()
         if step % 25 == 0:
-            append_jsonl(args.out / "text.jsonl", {"step": step, "place": float(place), "offset": float(offset),
-                                                   "right": float(right)})
+            append_jsonl(args.out / "text.jsonl", {"step": step, "loss": loss.item(), **found})
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             save_state(state, step=step + 1, module=model, average={}, optimizers=optimizers)
     model.t5.save_pretrained(args.out / "text")
