@@ -23,7 +23,7 @@ TEXT_TOKENS = 40
 
 
 def main() -> None:
-    """Print presence, true relations, all right and clean as one JSON object; optionally save a sheet of pictures."""
+    """Print presence, true relations (also by predicate), all right and clean as JSON; optionally save a sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prompts", type=int, default=200)
@@ -50,13 +50,18 @@ def main() -> None:
                            guidance_scale=args.guidance, max_sequence_length=TEXT_TOKENS,
                            generator=torch.Generator().manual_seed(args.seed + i), **extra).images
     verdicts = oracle.verify(images=images, prompts=prompts)
+    by_predicate: dict[str, list[bool]] = {}
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        for relation, holds in zip(prompt.relations, verdict.relations, strict=True):
+            by_predicate.setdefault(relation.predicate, []).append(holds)
     figures = {
         "presence": float(np.mean([b for v in verdicts for b in v.present])),
         "relations": float(np.mean([b for v in verdicts for b in v.relations])),
         "all": float(np.mean([all(v.relations) for v in verdicts])),
         "right": float(np.mean([v.overall for v in verdicts])),
         "clean": float(np.mean([v.clean for v in verdicts])),
-        "n": len(prompts), "steps": args.steps}
+        "n": len(prompts), "steps": args.steps, "seed": args.seed,
+        "predicates": {p: {"true": float(np.mean(held)), "n": len(held)} for p, held in sorted(by_predicate.items())}}
     if args.sheet:
         tiles = np.stack([np.asarray(i) for i in images[:50]])
         Image.fromarray(np.concatenate([np.concatenate(list(tiles[r:r + 10]), 1) for r in range(0, 50, 10)])).resize(

@@ -140,7 +140,7 @@ class Flow(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, guidance: torch.Tensor, tokens: torch.Tensor,
                 ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Velocity [B, 64, 32], object logits [B, 64, 4, 33] and text states of noisy latents x at noise levels t [B]."""
+        """Velocity [B, 64, 32], object logits [B, 64, 4, 33] and text states of noisy latents x at levels t [B]."""
         text = self.t5(tokens).last_hidden_state
         pooled = self.clip(tokens).pooler_output
         v = self.transformer(hidden_states=x, timestep=t, guidance=guidance, pooled_projections=pooled,
