@@ -32,6 +32,7 @@ from train_tiny_text import Places, make_text_encoder
 LATENT_CHANNELS = 8
 SHIFT = 3.0  # of the training noise levels: what is drawn is decided at high ones
 TOP_SHARE, TOP = 0.35, 0.85  # where it is drawn is decided at the highest ones: this share is uniform above that level
+AUX_TEXT = 0.05  # weight of what is told from the text alone
 AUX_BLOCK = 1  # the single-stream block whose image tokens must tell which object is where
 
 
@@ -148,7 +149,7 @@ class Flow(torch.nn.Module):
                              return_dict=False)[0]
         return v.float(), self.reader(self._inner).float().unflatten(-1, (4, -1)), text
 
-    def compile(self) -> None:
+    def compile_blocks(self) -> None:
         """Compile the transformer's blocks, which halves the time of an update; needs a C++ compiler."""
         for block in (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks):
             block.compile(dynamic=False)
@@ -174,7 +175,7 @@ def make_latents(args: argparse.Namespace, vae: AutoencoderKL) -> np.ndarray:
 
 
 def train_flow(args: argparse.Namespace) -> None:
-    """Flow matching on v = noise - picture, a tenth of the captions left empty, plus the auxiliary reader.
+    """Flow matching on v = noise - picture, a tenth of the captions left empty, plus the two auxiliary readers.
 
     From step ``args.guide_from`` on the target carries classifier-free guidance, so that the guidance input means what
     it means in FLUX.1-dev.
@@ -191,7 +192,7 @@ def train_flow(args: argparse.Namespace) -> None:
     state = args.out / "flow_state.safetensors"
     start = load_state(state, module=flow, average=average, optimizers=optimizers)
     if shutil.which("c++"):
-        flow.compile()
+        flow.compile_blocks()
     empty = torch.from_numpy(make_tokenizer(max_length=CLIP_LENGTH)(
         "", padding="max_length", max_length=tokens.shape[2], return_tensors="np").input_ids)
     weight = torch.ones(1 + len(OBJECTS))
@@ -209,7 +210,7 @@ def train_flow(args: argparse.Namespace) -> None:
             error, reading, text = flow_loss(flow, x0, words, target.reshape(-1), weight,
                                              empty if step >= args.guide_from else None)
             telling, found = flow.places(text, words, torch.from_numpy(boxes[pick].astype(np.float32)))
-        (error + args.aux * reading + args.aux_text * telling).backward()
+        (error + args.aux * reading + AUX_TEXT * telling).backward()
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
         for optimizer, peak in zip(optimizers, (args.lr, args.lr_matrices), strict=True):
             optimizer.param_groups[0]["lr"] = rate(step, args.steps, peak, 200)
@@ -283,7 +284,6 @@ def main() -> None:
     parser.add_argument("--lr-matrices", type=float, default=2e-3, help="peak learning rate of Muon")
     parser.add_argument("--guide-from", type=int, default=2500, help="first step whose target carries guidance")
     parser.add_argument("--aux", type=float, default=0.25, help="weight of the auxiliary reader")
-    parser.add_argument("--aux-text", type=float, default=0.05, help="weight of what is told from the text alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

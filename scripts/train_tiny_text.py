@@ -71,17 +71,13 @@ class Places(nn.Module):
             hidden: [B, L, WIDTH], the encoder's states. words: int64 [B, L].
             boxes: float32 [B, 7, 5], as the corpus has them.
         """
-        table = boxes.new_full((len(boxes), len(OBJECTS) + 1, 4), torch.nan)  # the last row takes what is no object
-        index = boxes[..., 0].long()
-        index = torch.where(index < 0, len(OBJECTS), index)
-        table.scatter_(1, index[..., None].expand(-1, -1, 4), boxes[..., 1:])
-        table[:, -1] = torch.nan
-        named = self.object_of[words]  # [B, L]
-        box = table.gather(1, named.where(named >= 0, len(OBJECTS))[..., None].expand(-1, -1, 4))  # [B, L, 4]
-        mention = ~box.isnan().any(-1)
+        named = self.object_of[words][..., None]  # [B, L, 1]
+        match = (named == boxes[:, None, :, 0]) & (named >= 0)  # [B, L, 7]
+        mention = match.any(-1)
+        box = boxes[..., 1:].gather(1, match.int().argmax(-1)[..., None].expand(-1, -1, 4))  # [B, L, 4]
         column, row = (box[mention][:, :2] / SIZE * CELLS).long().clamp(0, CELLS - 1).unbind(-1)
         place = F.cross_entropy(self.place(hidden[mention]).float(), row * CELLS + column)
-        pairs = mention[:, :, None] & mention[:, None, :] & (named[:, :, None] != named[:, None, :])
+        pairs = mention[:, :, None] & mention[:, None, :] & (named != named.transpose(1, 2))
         b, i, j = pairs.nonzero(as_tuple=True)
         query = self.query(hidden[b, i]).unflatten(1, (-1, PAIR_WIDTH))
         logits = (query * self.key(hidden[b, j])[:, None]).sum(-1) + self.subject(hidden[b, i])
