@@ -1,6 +1,6 @@
 """How much a policy gradient can learn from one step's pictures, before anything is trained.
 
-    python scripts/rl_signal.py --reward runs/quickstart/reward/model --batches 16 [rl.noise_frequencies=0 ...]
+    python scripts/rl_signal.py --reward runs/quickstart/reward/model --batches 16 [rl.kernel=sde ...]
 
 Draws the rollouts of some RL steps with the untrained adapter and says: how far the pictures of one prompt differ in
 what the oracle sees and in reward; how well the reward ranks them (correlation within a prompt); and whether the

@@ -22,6 +22,24 @@ def test_a_healthy_policy_passes(make_policy, config, micro_batch, sample_batch)
     assert check_replay(policy=policy, rollout=draw(policy), config=config) < 1e-5
 
 
+def test_pictures_drawn_without_noise_pass_and_faults_are_named(make_policy, config):
+    policy = make_policy(kernel="ode")
+    shake(policy)
+    config = dataclasses.replace(config, kernel="ode")
+    rollout = draw(policy)
+    assert check_replay(policy=policy, rollout=rollout, config=config) < 1e-8
+    healthy = dict(latents=rollout.latents, sigmas=rollout.sigmas)
+    for fault, cause in ((dict(latents=rollout.latents.bfloat16().float()), "hold only bfloat16 values"),
+                         (dict(sigmas=torch.linspace(1, 0, 5)), "carries another schedule"),
+                         (dict(latents=rollout.latents * torch.nan), "not finite")):
+        with pytest.raises(GateError, match=cause):
+            check_replay(policy=policy, rollout=dataclasses.replace(rollout, **healthy | fault), config=config)
+    with policy._adapter_off():
+        base = draw(policy)
+    with pytest.raises(GateError, match="the adapter was off"):
+        check_replay(policy=policy, rollout=base, config=config)
+
+
 def test_latents_rounded_to_bfloat16_are_stopped(policy, config):
     rollout = draw(policy)
     rollout.latents = rollout.latents.bfloat16().float()

@@ -171,20 +171,6 @@ def test_images_of_a_prompt_may_start_from_the_same_noise(make_policy):
     assert np.array_equal(pixels(images[0]), pixels(images[1]))
 
 
-def test_noise_may_be_drawn_in_low_frequencies_only(make_policy):
-    low, usual = make_policy(noise_frequencies=2, same_start=True), make_policy(same_start=True)
-    rollout = low.sample(prompts=prompts_of(0), group=3, seeds=SEEDS)
-    x = rollout.latents[0, :, 1]
-    fine = x - sde.low_pass(x, keep=2)
-    torch.testing.assert_close(fine, fine[:1].expand_as(fine))  # one start, so one velocity, and no noise there
-    assert not torch.allclose(x[0], x[1])
-    rows = all_rows(rollout, range(3))
-    torch.testing.assert_close(low.log_prob(rollout=rollout, rows=rows)[0], rollout.log_probs[tuple(rows.T)])
-    assert not torch.allclose(rollout.latents, usual.sample(prompts=prompts_of(0), group=3, seeds=SEEDS).latents)
-    with pytest.raises(ValueError, match="noise_frequencies = 9, expected at most 8"):
-        make_policy(noise_frequencies=9)
-
-
 def test_the_base_model_is_the_policy_with_its_adapter_off(policy, make_policy):
     rollout = policy.sample(prompts=prompts_of(0), group=3, seeds=SEEDS)
     rows = all_rows(rollout, [0, 2])
@@ -249,6 +235,28 @@ def test_other_kernels_replay_too(make_policy, kernel, noise):
     rows = all_rows(rollout, [1, 2])
     log_prob = policy.log_prob(rollout=rollout, rows=rows)[0].detach()
     torch.testing.assert_close(log_prob, rollout.log_probs[tuple(rows.T)], atol=2e-6, rtol=0)
+
+
+def test_without_noise_a_rollout_is_the_stock_pipelines_and_its_log_probs_are_of_pictures(make_policy):
+    policy = make_policy(kernel="ode", eval_steps=4, train_from=1, train_steps=2)
+    shake(policy)
+    rollout = policy.sample(prompts=prompts_of(0), group=3, seeds=SEEDS)
+    assert rollout.log_probs.isnan().all()
+    stock = policy.generate(prompts=[p for p in prompts_of(0) for _ in range(3)], seeds=[s for row in SEEDS for s in row])
+    assert np.abs(pixels(sum(policy.decode(rollout), [])) - pixels(stock)).max() <= 1
+    rows = all_rows(rollout, [1, 2])
+    log_prob, v, level = policy.log_prob(rollout=rollout, rows=rows)
+    assert log_prob.requires_grad and level.tolist() == [1.0] * 12
+    again = policy.log_prob(rollout=rollout, rows=rows[5:7])  # whatever else is in the batch
+    torch.testing.assert_close(again[0], log_prob[5:7])
+    # The noise of the pictures is the same for all images of a prompt, and another for each prompt and step.
+    noise = policy._forward_noise(rollout, rows).unflatten(0, (2, 3, 2))
+    assert torch.equal(noise, noise[:, :1].expand_as(noise))
+    assert len({tuple(row) for row in noise[:, 0].flatten(0, 1)[:, 0].tolist()}) == 4
+    expected = -0.5 * (v - (noise.flatten(0, 2) - rollout.latents[:, :, -1].flatten(0, 1).repeat_interleave(2, 0))) ** 2
+    torch.testing.assert_close(log_prob, expected.mean((1, 2)))
+    base = policy.log_prob(rollout=rollout, rows=rows, reference=True)
+    assert not base[1].requires_grad and not torch.allclose(base[1], v, atol=1e-2)
 
 
 def test_bfloat16_keeps_latents_log_probs_and_adapter_in_float32(make_policy):

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
 from spatialt2i.core.config import RLConfig
@@ -123,52 +123,27 @@ def test_a_step_per_row_equals_steps_one_by_one():
         assert torch.equal(std[i], s)
 
 
-def test_the_window_of_noisy_steps_is_checked():
+def test_the_window_of_trained_steps_is_checked():
     config = RLConfig()
-    assert list(sde.noisy_steps(config)) == [0, 1, 2, 3, 4]
+    assert list(sde.trained_steps(config)) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="train_steps = 7, expected at most"):
-        sde.noisy_steps(replace(config, train_steps=5, train_from=2))
+        sde.trained_steps(replace(config, train_steps=5, train_from=2))
     with pytest.raises(ValueError, match="no noise at the last step"):
-        sde.noisy_steps(replace(config, kernel="cps", noise=0.8, train_steps=6))
+        sde.trained_steps(replace(config, kernel="cps", noise=0.8, train_steps=6))
     with pytest.raises(ValueError, match="at most 1 with kernel 'cps'"):
-        sde.noisy_steps(replace(config, kernel="cps", noise=1.2))
+        sde.trained_steps(replace(config, kernel="cps", noise=1.2))
     with pytest.raises(ValueError, match="expected one of sde, cps, dance, ode"):
         sde.noise_level("ddim", sigma=torch.ones(1), sigma_next=torch.ones(1), noise=1.0, sigma_max=torch.ones(()))
 
 
-@pytest.mark.parametrize("keep", [1, 3, 8])
-def test_low_pass_is_an_orthogonal_projection_onto_smooth_pictures(keep):
+def test_the_forward_process_ends_at_picture_and_noise_and_its_error_is_a_normal_density():
     g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 2, 16, 12, generator=g, dtype=torch.float64)  # 8 x 8 latents of 3 channels
-    low = sde.low_pass(x, keep=keep)
-    torch.testing.assert_close(sde.low_pass(low, keep=keep), low)
-    torch.testing.assert_close((low * y).sum(), (x * sde.low_pass(y, keep=keep)).sum())
-    flat = FluxPipeline._pack_latents(torch.arange(3.0)[:, None, None].expand(1, 3, 8, 8).double(), 1, 3, 8, 8)
-    torch.testing.assert_close(sde.low_pass(flat, keep=keep), flat)
-    wave = torch.cos(torch.pi * 2 * (torch.arange(8).double() + 0.5) / 8)  # the third frequency, along each side
-    for planes in (wave.expand(1, 3, 8, 8), wave[:, None].expand(1, 3, 8, 8)):
-        packed = FluxPipeline._pack_latents(planes, 1, 3, 8, 8)
-        torch.testing.assert_close(sde.low_pass(packed, keep=keep), packed if keep >= 3 else torch.zeros_like(packed))
-    assert torch.equal(sde.low_pass(x, keep=0), x)
-    kept = sde.low_pass(torch.randn(400, 16, 12, generator=g), keep=keep).square().sum((1, 2)).mean().item()
-    assert kept == pytest.approx(3 * keep**2, rel=0.1)
-
-
-def test_noise_of_low_frequencies_leaves_the_rest_to_the_ode():
-    g = torch.Generator().manual_seed(0)
-    x, v, eps = torch.randn(3, 2, 16, 12, generator=g)
-    law = dict(sigma=torch.tensor([1.0, 0.7]), sigma_next=torch.tensor([0.7, 0.4]), noise=0.7,
-               sigma_max=torch.tensor(0.7))
-    mean, std = sde.step_mean_std("sde", x=x, v=v, keep=3, **law)
-    whole, plain = (sde.step_mean_std(kernel, x=x, v=v, **law)[0] for kernel in ("sde", "ode"))
-    torch.testing.assert_close(sde.low_pass(mean, keep=3), sde.low_pass(whole, keep=3))
-    torch.testing.assert_close(mean - sde.low_pass(mean, keep=3), plain - sde.low_pass(plain, keep=3))
-    torch.testing.assert_close(sde.step_mean_std("sde", x=x, v=v, keep=8, **law)[0], whole)
-    x_next = mean + std[:, None, None] * sde.low_pass(eps, keep=3)
-    expected = torch.zeros(2)
-    for i in range(2):  # the density of the 3 x 3 x 3 coefficients, which are standard normal
-        squares = sde.low_pass(eps[i:i + 1], keep=3).square().sum() / 27
-        expected[i] = -0.5 * squares - torch.log(std[i]) - 0.5 * math.log(2 * math.pi)
-    torch.testing.assert_close(sde.log_prob(x_next, mean=mean, std=std, keep=3), expected)
-    everything = sde.log_prob(whole + eps, mean=whole, std=std, keep=8)
-    torch.testing.assert_close(everything, sde.log_prob(whole + eps, mean=whole, std=std))
+    x0, noise, v = torch.randn(3, 2, 16, 12, generator=g)
+    x = sde.add_noise(x0, noise=noise, sigma=torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(x, torch.stack([x0[0], noise[1]]))
+    halfway = sde.add_noise(x0, noise=noise, sigma=torch.tensor([0.5, 0.5]))
+    back, _ = sde.step_mean_std("ode", x=halfway, v=noise - x0, sigma=torch.tensor([0.5, 0.5]),
+                                sigma_next=torch.zeros(2), noise=0.0, sigma_max=torch.tensor(0.9))
+    torch.testing.assert_close(back, x0)  # the target is the velocity of the straight path
+    exact = torch.distributions.Normal(v, 1.0).log_prob(noise - x0).mean((1, 2)) + 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(sde.picture_log_prob(v, x0=x0, noise=noise), exact)

@@ -40,7 +40,7 @@ def open_run(path):
 
 def go(path, make_policy, config, *, scorer=None, gallery=(), seed=3, inputs="w"):
     """A run, or its continuation, with everything made anew as in a new process."""
-    policy = make_policy(**{f: getattr(config, f) for f in ("micro_batch", "sample_batch")})
+    policy = make_policy(**{f: getattr(config, f) for f in ("micro_batch", "sample_batch", "kernel")})
     result = train.train(policy=policy, scorer=scorer or Redness(), prompts=prompts_of, config=config, seed=seed,
                          run=open_run(path), gallery=gallery, inputs=inputs)
     return policy, result
@@ -121,15 +121,19 @@ def test_the_first_update_is_on_policy(make_policy, config):
     assert metrics == {"ratio_mean": 1.0, "max_log_ratio": 0.0, "clip_share": 0.0, "loss": -1.0}
 
 
-def test_an_update_raises_the_likelihood_of_the_good(policy, config):
-    config = replace(config, kl=0.0, lr=1e-3)
+@pytest.mark.parametrize("kernel", ["sde", "ode"])
+def test_an_update_raises_the_likelihood_of_the_good(make_policy, config, kernel):
+    config = replace(config, kl=0.0, lr=1e-3, kernel=kernel)
+    policy = make_policy(kernel=kernel)
+    shake(policy)
     rollout, advantages = rollout_of(policy, config)
     state = train.fresh_state(policy, config)
-    train.accumulate_gradients(policy, rollout, advantages, config)
-    train.apply_update(state, config)
     rows = train.transitions(advantages.isfinite(), range(3))
+    old = policy.log_prob(rollout=rollout, rows=rows)[0].detach()
+    assert train.accumulate_gradients(policy, rollout, advantages, config)["max_log_ratio"] < 1e-5
+    train.apply_update(state, config)
     new = policy.log_prob(rollout=rollout, rows=rows)[0].detach()
-    gain = (new - rollout.log_probs[tuple(rows.T)]) * advantages[tuple(rows[:, :2].T)]
+    gain = (new - old) * advantages[tuple(rows[:, :2].T)]
     assert gain.sum() > 0
 
 
@@ -222,8 +226,10 @@ def test_a_run_leaves_metrics_gallery_adapter_and_two_checkpoints(whole, make_po
         assert torch.equal(parameter, policy.parameters()[name])
 
 
-def test_the_reward_rises(tmp_path, make_policy, config):
-    go(tmp_path, make_policy, replace(config, steps=12, lr=3e-3, save_every=100))
+@pytest.mark.parametrize("kernel", ["sde", "ode"])
+def test_the_reward_rises(tmp_path, make_policy, config, kernel):
+    config = replace(config, steps=12, lr=3e-3, save_every=100, kernel=kernel)
+    go(tmp_path, make_policy, config)
     rewards = [json.loads(line)["reward_mean"] for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.5
 

@@ -108,10 +108,9 @@ class RLConfig:
     advantage_clip: float = setting(5.0, "advantages are clamped to +- this", gt=0)  # [Flow-GRPO]
     rollout_steps: int = setting(6, "denoising steps while training (T)", ge=1)
     eval_steps: int = setting(28, "denoising steps, without noise, for evaluation", ge=1)  # [Flow-GRPO]
-    kernel: str = setting("sde", "transition kernel: Flow-SDE, CPS or Dance-SDE",  # the paper uses Flow-SDE
-                          choices=("sde", "cps", "dance"))
+    kernel: str = setting("sde", "log-probs of steps (Flow-SDE, CPS, Dance-SDE), or of pictures (ode)",
+                          choices=("sde", "cps", "dance", "ode"))  # the paper uses Flow-SDE
     noise: float = setting(0.9, "noise level of the kernel", gt=0)  # [Flow-GRPO]
-    noise_frequencies: int = setting(0, "noise in this many lowest frequencies per side; 0 = all", ge=0)  # [ours]
     same_start: bool = setting(False, "the images of a prompt start from the same noise")  # DanceGRPO: True
     train_from: int = setting(0, "first denoising step that is noisy and trained on", ge=0)  # [Flow-GRPO]
     train_steps: int = setting(5, "steps that are noisy and trained on, not ODE", ge=1)  # [Flow-GRPO]: not the last
@@ -356,8 +355,9 @@ def _check_together(config: Config, where: str) -> None:
                           f"rl.kernel = \"cps\", which draws no noise at the last step: expected their sum to be below "
                           f"rl.rollout_steps = {rl.rollout_steps}")
     if rl.kernel == "cps" and rl.noise > 1:
-        raise ConfigError(f"{where}: rl.noise = {rl.noise} with rl.kernel = \"cps\": expected at most 1, where all "
-                          "noise is fresh")
+        raise ConfigError(f"{where}: rl.noise = {rl.noise} with rl.kernel = \"cps\": expected at most 1")
+    if rl.kernel == "ode" and rl.same_start:
+        raise ConfigError(f"{where}: rl.same_start = true with rl.kernel = \"ode\": all images would be the same")
     if data.validation + data.test >= 1:
         raise ConfigError(f"{where}: data.validation = {data.validation} with data.test = {data.test}: expected their "
                           "sum to be below 1, or nothing is left to train on")
@@ -365,8 +365,8 @@ def _check_together(config: Config, where: str) -> None:
         if sum(weights) <= 0:
             raise ConfigError(f"{where}: {key} = {_toml(weights)}: expected at least one number above 0")
         if len(weights) > MOST_RELATIONS:
-            raise ConfigError(f"{where}: {key} = {_toml(weights)}: {len(weights)} numbers, expected at most "
-                              f"{MOST_RELATIONS}, because a prompt has 1 to {MOST_RELATIONS} relations")
+            raise ConfigError(f"{where}: {key} = {_toml(weights)}: expected at most {MOST_RELATIONS} numbers, because "
+                              f"a prompt has 1 to {MOST_RELATIONS} relations")
 
 
 def _expected(kind: Any, field_: dataclasses.Field) -> str:

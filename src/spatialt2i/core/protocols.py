@@ -74,7 +74,7 @@ class Policy(Generator, Protocol):
         ...
 
     def log_prob(self, *, rollout: Rollout, rows: Tensor, reference: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Replay single denoising steps with the current adapter, through the forward pass that drew them.
+        """Log-probs with the current adapter: of single denoising steps, or of pictures noised to their levels.
 
         Args:
             rollout: where the latents are.
@@ -82,8 +82,12 @@ class Policy(Generator, Protocol):
             reference: use the base model (adapter off), without gradient.
 
         Returns:
-            log_prob [B], mean of the transition [B, S, C], noise level [B] (the kernel's s, which scales the KL).
+            log_prob [B], what was predicted [B, S, C], noise level [B] (which scales the KL).
         """
+        ...
+
+    def replay(self, *, rollout: Rollout, rows: Tensor, reference: bool = False) -> Tensor:
+        """Log ratios [B] of drawn denoising steps to the same steps replayed; 0 where nothing changed since."""
         ...
 
     def parameters(self) -> dict[str, Parameter]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from spatialt2i.core.config import RLConfig
 from spatialt2i.core.protocols import Policy
 from spatialt2i.core.types import Rollout
-from spatialt2i.rl.sde import noisy_steps
+from spatialt2i.rl.sde import trained_steps
 
 REPLAYED = 128  # transitions, spread over the rollout
 
@@ -65,8 +65,8 @@ def _diagnose(policy: Policy, rollout: Rollout, rows: Tensor, config: RLConfig) 
     def fits(variant: Rollout, batches: tuple[Tensor, ...] | Iterator[Tensor], *, reference: bool = False) -> bool:
         return _replay(policy, variant, batches, reference=reference).max().item() <= config.gate_tolerance
 
-    finite = all(rollout.log_probs[tuple(rows.T)].isfinite().tolist()) and rollout.latents.isfinite().all().item()
-    if not finite:
+    drawn = config.kernel == "ode" or rollout.log_probs[tuple(rows.T)].isfinite().all().item()
+    if not (drawn and rollout.latents.isfinite().all().item()):
         return "latents or log-probs are not finite; the model overflows, or a trained step has no noise"
     if fits(dataclasses.replace(rollout, sigmas=policy.sigmas), batches):
         return "the rollout carries another schedule than the policy's; both must come from the same shift and steps"
@@ -88,15 +88,14 @@ def _replay(policy: Policy, rollout: Rollout, batches: tuple[Tensor, ...] | Iter
     errors = []
     with torch.no_grad():
         for rows in batches:
-            new = policy.log_prob(rollout=rollout, rows=rows, reference=reference)[0]
-            errors.append((new - rollout.log_probs[tuple(rows.T)]).abs().cpu())
+            errors.append(policy.replay(rollout=rollout, rows=rows, reference=reference).abs().cpu())
     return torch.cat(errors).nan_to_num(nan=torch.inf)
 
 
 def _spread(rollout: Rollout, config: RLConfig) -> Tensor:
     """Up to `REPLAYED` transitions int64 [N, 3] at even distances over all prompts, images and trained steps."""
     prompts, group = rollout.log_probs.shape[:2]
-    rows = torch.cartesian_prod(torch.arange(prompts), torch.arange(group), torch.tensor(noisy_steps(config)))
+    rows = torch.cartesian_prod(torch.arange(prompts), torch.arange(group), torch.tensor(trained_steps(config)))
     return rows[torch.linspace(0, len(rows) - 1, min(REPLAYED, len(rows))).round().long()]
 
 
@@ -105,4 +104,4 @@ def _as_sampled(rollout: Rollout, config: RLConfig) -> Iterator[Tensor]:
     prompts, group = rollout.log_probs.shape[:2]
     flat = torch.cartesian_prod(torch.arange(prompts), torch.arange(group))  # [P G, 2]
     first = flat[:config.sample_batch]
-    return (torch.cat([first, torch.full((len(first), 1), t)], dim=1) for t in noisy_steps(config))
+    return (torch.cat([first, torch.full((len(first), 1), t)], dim=1) for t in trained_steps(config))

@@ -5,6 +5,7 @@ Nothing is reduced here: a mean over a micro-batch would weigh the last, smaller
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -16,14 +17,16 @@ def policy_loss(*, log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor,
 
     Args:
         log_prob: [B], under the current weights, with gradient.
-        old_log_prob: [B], from the rollout.
+        old_log_prob: [B], from the rollout. NaN where drawing did not compute it: then it is the current one, which is
+            exact as long as each rollout is used for one update.
         advantage: [B].
         clip: half-width of the trust region.
 
     Returns:
         loss [B]; metrics without gradient: log_ratio [B], ratio [B], clipped [B] (1 where the clip stops the gradient).
     """
-    log_ratio = log_prob - old_log_prob
+    known = ~old_log_prob.isnan()
+    log_ratio = log_prob - torch.where(known, old_log_prob, log_prob.detach())
     ratio = log_ratio.exp()
     free, bounded = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
     metrics = {"log_ratio": log_ratio.detach(), "ratio": ratio.detach(), "clipped": (bounded > free).detach().float()}

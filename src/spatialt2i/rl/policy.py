@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from spatialt2i.core.config import RLConfig
 from spatialt2i.core.device import torch_dtype
-from spatialt2i.core.run import atomic_path
+from spatialt2i.core.run import atomic_path, seed_of
 from spatialt2i.core.types import Prompt, Rollout
 from spatialt2i.rl import sde
 
@@ -76,13 +76,10 @@ class FluxPolicy:
             parameter.data = parameter.data.float()  # an update of 1e-4 would be lost in bfloat16
 
         side = config.resolution // cell
-        if config.noise_frequencies > 2 * side:
-            raise ValueError(f"rl.noise_frequencies = {config.noise_frequencies}, expected at most {2 * side}: the "
-                             f"latents of {config.resolution} pixels are {2 * side} on a side")
         self._noise_shape = (pipeline.transformer.config.in_channels // 4, 2 * side, 2 * side)
         self._image_ids = pipeline._prepare_latent_image_ids(1, side, side, device, torch.float32)
         self._text_ids = torch.zeros(config.max_text_tokens, 3, device=device)
-        self._noisy = sde.noisy_steps(config)
+        self._noisy = range(0) if config.kernel == "ode" else sde.trained_steps(config)
         self.sigmas = self._schedule(config.rollout_steps)
         self._embeds: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
@@ -117,7 +114,7 @@ class FluxPolicy:
             seeds: [P][G].
 
         Returns:
-            A rollout with latents [P, G, T+1, S, C] and log-probs [P, G, T], and no images yet.
+            A rollout with latents [P, G, T+1, S, C] and log-probs [P, G, T] (NaN with kernel "ode"), and no images yet.
 
         Raises:
             PromptError: a prompt is empty or too long.
@@ -161,29 +158,50 @@ class FluxPolicy:
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def log_prob(self, *, rollout: Rollout, rows: Tensor, reference: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Replay single denoising steps with the current adapter, through the forward pass that drew them.
+        """Log-probs with the current adapter, through the forward pass that drew: of single denoising steps, replayed.
+
+        With kernel "ode", whose steps have no density: of the pictures, noised to the levels of those steps. The noise
+        is a function of prompt and step alone. So it is the same for all images of a prompt, and what an advantage
+        multiplies is how they differ.
 
         Args:
             rollout: where latents, prompts and schedule are.
             rows: int64 [B, 3] on the CPU: prompt, image and step of each transition. Steps may differ in a batch.
-            reference: replay with the adapter off (the base model) and without gradient.
+            reference: with the adapter off (the base model) and without gradient.
 
         Returns:
-            log_prob [B]; mean of the transition [B, S, C]; noise level [B], the kernel's s, which scales the KL.
+            log_prob [B]; mean of the transition, or the velocity, [B, S, C]; noise level [B], the kernel's s, or 1,
+            which scales the KL.
         """
         p, g, t = rows.unbind(1)
-        x, x_next = rollout.latents[p, g, t], rollout.latents[p, g, t + 1]  # [B, S, C]
         now, then = rollout.sigmas[t], rollout.sigmas[t + 1]  # [B]
-        embeds = self._encode([rollout.prompts[i] for i in p.tolist()])
-        if reference:
-            with self._adapter_off(), torch.no_grad():
-                v = self._velocity(x, now, embeds)
-        else:
-            v = self._velocity(x, now, embeds)
+        if self._config.kernel == "ode":
+            x0, noise = rollout.latents[p, g, -1], self._forward_noise(rollout, rows)  # [B, S, C]
+            v = self._predict(rollout, rows, sde.add_noise(x0, noise=noise, sigma=now), reference=reference)
+            return sde.picture_log_prob(v, x0=x0, noise=noise), v, torch.ones_like(now)
+        x, x_next = rollout.latents[p, g, t], rollout.latents[p, g, t + 1]  # [B, S, C]
+        v = self._predict(rollout, rows, x, reference=reference)
         law = {"sigma": now, "sigma_next": then, "noise": self._config.noise, "sigma_max": rollout.sigmas[1]}
-        keep, kernel = self._config.noise_frequencies, self._config.kernel
-        mean, std = sde.step_mean_std(kernel, x=x, v=v, keep=keep, **law)
-        return sde.log_prob(x_next, mean=mean, std=std, keep=keep), mean, sde.noise_level(kernel, **law)
+        mean, std = sde.step_mean_std(self._config.kernel, x=x, v=v, **law)
+        return sde.log_prob(x_next, mean=mean, std=std), mean, sde.noise_level(self._config.kernel, **law)
+
+    def replay(self, *, rollout: Rollout, rows: Tensor, reference: bool = False) -> Tensor:
+        """Log ratios of drawn denoising steps, replayed as in `log_prob`; all 0 where nothing changed since.
+
+        With kernel "ode" a step is taken as the mean of a normal density of std 1 in v.
+
+        Args:
+            rollout, rows, reference: see `log_prob`.
+
+        Returns:
+            [B].
+        """
+        p, g, t = rows.unbind(1)
+        if self._config.kernel != "ode":
+            return self.log_prob(rollout=rollout, rows=rows, reference=reference)[0] - rollout.log_probs[p, g, t]
+        x, x_next = rollout.latents[p, g, t], rollout.latents[p, g, t + 1]  # [B, S, C]
+        drawn = (x_next - x) / (rollout.sigmas[t + 1] - rollout.sigmas[t])[:, None, None]
+        return -0.5 * (self._predict(rollout, rows, x, reference=reference) - drawn).square().mean((1, 2))
 
     def parameters(self) -> dict[str, Parameter]:
         """The trainable parameters by name: the adapter's, in float32."""
@@ -223,6 +241,20 @@ class FluxPolicy:
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
+    def _predict(self, rollout: Rollout, rows: Tensor, x: Tensor, *, reference: bool) -> Tensor:
+        """The velocity [B, S, C] at latents x [B, S, C] of the prompts and steps of ``rows`` [B, 3]."""
+        p, _, t = rows.unbind(1)
+        embeds = self._encode([rollout.prompts[i] for i in p.tolist()])
+        if not reference:
+            return self._velocity(x, rollout.sigmas[t], embeds)
+        with self._adapter_off(), torch.no_grad():
+            return self._velocity(x, rollout.sigmas[t], embeds)
+
+    def _forward_noise(self, rollout: Rollout, rows: Tensor) -> Tensor:
+        """Standard normal [B, S, C], a function of the prompt's id and the step."""
+        return self._noise([torch.Generator("cpu").manual_seed(seed_of("forward", rollout.prompts[p].id, t))
+                            for p, _, t in rows.tolist()])
+
     def _velocity(self, latents: Tensor, sigma: Tensor, embeds: tuple[Tensor, Tensor]) -> Tensor:
         """The transformer's v, float32 [B, S, C], at latents [B, S, C] and sigma [B]: the only forward pass."""
         transformer = self.pipeline.transformer
@@ -259,13 +291,13 @@ class FluxPolicy:
                 v = self._velocity(x[rows], now[rows], tuple(e[rows] for e in embeds))[owner]
             else:
                 v = self._velocity(x, now, embeds)
-            kernel, keep = (self._config.kernel, self._config.noise_frequencies) if t in noisy else ("ode", 0)
+            kernel = self._config.kernel if t in noisy else "ode"
             x, std = sde.step_mean_std(kernel, x=x, v=v, sigma=now, sigma_next=then, noise=self._config.noise,
-                                       sigma_max=sigmas[1], keep=keep)
+                                       sigma_max=sigmas[1])
             if t in noisy:
                 mean = x
-                x = mean + std[:, None, None] * sde.low_pass(self._noise(generators), keep=keep)
-                log_probs[:, t] = sde.log_prob(x, mean=mean, std=std, keep=keep)
+                x = mean + std[:, None, None] * self._noise(generators)
+                log_probs[:, t] = sde.log_prob(x, mean=mean, std=std)
             latents[:, t + 1] = x
         return latents, log_probs
 

@@ -59,8 +59,8 @@ def flux_sigmas(*, steps: int, image_tokens: int, scheduler: Mapping[str, Any]) 
     return torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
 
 
-def noisy_steps(config: RLConfig) -> range:
-    """The denoising steps that draw noise and are trained on; all others are ODE steps.
+def trained_steps(config: RLConfig) -> range:
+    """The denoising steps that are trained on and, unless the kernel is "ode", draw noise; all others are ODE steps.
 
     Raises:
         ValueError: the window does not fit into the rollout, or the kernel has no noise at one of its steps.
@@ -104,7 +104,7 @@ def noise_level(kernel: str, *, sigma: Tensor, sigma_next: Tensor, noise: float,
 
 
 def step_mean_std(kernel: str, *, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, noise: float,
-                  sigma_max: Tensor, keep: int = 0) -> tuple[Tensor, Tensor]:
+                  sigma_max: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of the Gaussian transition from x_sigma to x_sigma_next.
 
     Flow-SDE (Flow-GRPO, arXiv 2505.05470) and Dance-SDE (DanceGRPO, arXiv 2505.07818) are Euler-Maruyama steps of
@@ -117,17 +117,10 @@ def step_mean_std(kernel: str, *, x: Tensor, v: Tensor, sigma: Tensor, sigma_nex
         v: [B, S, C], the predicted velocity there.
         sigma, sigma_next: [B] or 0-d.
         noise, sigma_max: see `noise_level`.
-        keep: where not 0, only what `low_pass` keeps follows the kernel, and the rest the ODE. An SDE has the ODE's
-            marginals for every diffusion matrix D, if its drift has D / 2 times the score; here D is s^2 times the
-            projection.
 
     Returns:
         mean [B, S, C]; std of ``sigma``'s shape, 0 for "ode".
     """
-    if keep:
-        law = {"x": x, "v": v, "sigma": sigma, "sigma_next": sigma_next, "noise": noise, "sigma_max": sigma_max}
-        (mean, std), (plain, _) = step_mean_std(kernel, **law), step_mean_std("ode", **law)
-        return plain + low_pass(mean - plain, keep=keep), std
     s = noise_level(kernel, sigma=sigma, sigma_next=sigma_next, noise=noise, sigma_max=sigma_max)
     dt = sigma_next - sigma  # negative
     if kernel == "cps":
@@ -140,29 +133,7 @@ def step_mean_std(kernel: str, *, x: Tensor, v: Tensor, sigma: Tensor, sigma_nex
     return x + v * _over(dt, x) + _over(pull, x) * (x + _over(1 - sigma, x) * v), s * torch.sqrt(-dt)
 
 
-def low_pass(x: Tensor, *, keep: int) -> Tensor:
-    """Packed latents without their fine detail: the ``keep`` lowest frequencies along each side.
-
-    An orthogonal projection, by the cosine transform (DCT-II) of the unpacked square latents, channel by channel. What
-    is left of standard normal noise is standard normal on keep^2 of side^2 elements, side = 2 sqrt(S).
-
-    Args:
-        x: [B, S, C], packed 2 x 2 as FLUX does it.
-        keep: 1 (the mean) to side (everything); 0 for everything, too.
-    """
-    if not keep:
-        return x
-    side = math.isqrt(x.shape[1])
-    at = torch.arange(2 * side, device=x.device, dtype=x.dtype) + 0.5
-    waves = torch.cos(math.pi / (2 * side) * at * torch.arange(keep, device=x.device, dtype=x.dtype)[:, None])
-    waves = waves / waves.norm(dim=1, keepdim=True)  # [keep, 2 side]
-    projection = waves.T @ waves
-    planes = x.unflatten(2, (-1, 2, 2)).unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5)  # [B, c, side, 2, side, 2]
-    planes = projection @ planes.reshape(len(x), -1, 2 * side, 2 * side) @ projection
-    return planes.unflatten(3, (side, 2)).unflatten(2, (side, 2)).permute(0, 2, 4, 1, 3, 5).reshape(x.shape)
-
-
-def log_prob(x_next: Tensor, *, mean: Tensor, std: Tensor, keep: int = 0) -> Tensor:
+def log_prob(x_next: Tensor, *, mean: Tensor, std: Tensor) -> Tensor:
     """Gaussian log-density of a transition, as the *mean* over its latent elements [Flow-GRPO].
 
     The mean (not the sum) keeps ratios of whole pictures near 1, which is why clip ranges are as small as 1e-4. All
@@ -171,14 +142,34 @@ def log_prob(x_next: Tensor, *, mean: Tensor, std: Tensor, keep: int = 0) -> Ten
     Args:
         x_next, mean: [B, S, C].
         std: [B] or 0-d, positive.
-        keep: as in `step_mean_std`; where not 0, the density and its mean are those of what `low_pass` keeps.
 
     Returns:
         [B].
     """
-    z = low_pass(x_next - mean, keep=keep) / _over(std, mean)
-    share = keep**2 / (4 * z.shape[1]) if keep else 1  # of elements with noise
-    return -0.5 * (z**2).mean((1, 2)) / share - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    z = (x_next - mean) / _over(std, mean)
+    return -0.5 * (z**2).mean((1, 2)) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+
+
+def add_noise(x0: Tensor, *, noise: Tensor, sigma: Tensor) -> Tensor:
+    """The forward process: what pictures x0 [B, S, C] look like at levels sigma [B] of the noise [B, S, C]."""
+    return x0 + _over(sigma, x0) * (noise - x0)
+
+
+def picture_log_prob(v: Tensor, *, x0: Tensor, noise: Tensor) -> Tensor:
+    """What one noise level adds to the evidence bound of a picture's log-likelihood, weighted as flow matching does.
+
+    Minus half of the mean squared error of the velocity predicted at `add_noise`. As `log_prob` it is a mean over the
+    elements. Its gradient, weighted by advantages, is that of Advantage Weighted Matching (arXiv 2509.25050) and, in
+    the first update of a rollout, of DiffusionNFT (arXiv 2509.16117).
+
+    Args:
+        v: [B, S, C], predicted at the noised pictures.
+        x0, noise: [B, S, C].
+
+    Returns:
+        [B].
+    """
+    return -0.5 * (v - (noise - x0)).square().mean((1, 2))
 
 
 def _over(value: Tensor, x: Tensor) -> Tensor:

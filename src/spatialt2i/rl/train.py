@@ -23,7 +23,7 @@ from spatialt2i.rl.checkpoint import TrainState, load_checkpoint, save_checkpoin
 from spatialt2i.rl.credit import RewardError, normalize, select_extremes
 from spatialt2i.rl.gate import check_replay
 from spatialt2i.rl.losses import kl_loss, policy_loss
-from spatialt2i.rl.sde import noisy_steps
+from spatialt2i.rl.sde import trained_steps
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def accumulate_gradients(policy: Policy, rollout: Rollout, advantages: Tensor, c
     """
     for parameter in policy.parameters().values():
         parameter.grad = None
-    rows = transitions(advantages.isfinite(), noisy_steps(config))  # [N, 3]
+    rows = transitions(advantages.isfinite(), trained_steps(config))  # [N, 3]
     advantages = advantages.to(rollout.latents)
     parts: dict[str, list[Tensor]] = {"ratio": [], "log_ratio": [], "clipped": [], "kl": [], "loss": []}  # each of [B]
     for batch in rows.split(config.micro_batch) if len(rows) else ():
