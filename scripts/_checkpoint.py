@@ -1,4 +1,4 @@
-"""What the training scripts share: optimizers, and a resumable state of weights, averages and optimizer moments."""
+"""What the training scripts share: the device, optimizers, a resumable state of weights, averages and moments."""
 
 from __future__ import annotations
 
@@ -7,9 +7,24 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from spatialt2i.core.device import pick_device
+
+
+def use_machine(*, device: str, threads: int) -> torch.device:
+    """Make tensors on this device from now on ("auto": a GPU where there is one), with that many CPU threads."""
+    torch.set_num_threads(threads)
+    torch.set_default_device(pick_device(device))
+    return torch.get_default_device()
+
+
+def tensor(array: np.ndarray) -> torch.Tensor:
+    """A numpy array as a tensor on the device of `use_machine`."""
+    return torch.from_numpy(array).to(torch.get_default_device())
 
 
 def save_state(path: Path, *, step: int, module: torch.nn.Module, average: dict[str, torch.Tensor],
@@ -33,7 +48,7 @@ def load_state(path: Path, *, module: torch.nn.Module, average: dict[str, torch.
         return 0
     with safe_open(path, "pt") as f:
         module.load_state_dict({k: f.get_tensor(f"model.{k}") for k in module.state_dict()})
-        average.update({k: f.get_tensor(f"average.{k}") for k in average})
+        average.update({k: f.get_tensor(f"average.{k}").to(v) for k, v in average.items()})
         states = [optimizer.state_dict() for optimizer in optimizers]
         for name in f.keys():  # noqa: SIM118 - a safetensors handle is no dict
             if name.startswith("optimizer."):

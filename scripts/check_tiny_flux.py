@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -15,7 +14,10 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-from spatialt2i.core.run import seed_of
+from spatialt2i.bench.indomain import VERSION, measure, shares
+from spatialt2i.core.config import BenchConfig
+from spatialt2i.core.run import json_text, seed_of
+from spatialt2i.core.types import Benchmark
 from spatialt2i.tiny.grammar import TinyWriter
 from spatialt2i.tiny.oracle import TinyOracle
 
@@ -23,7 +25,7 @@ TEXT_TOKENS = 40
 
 
 def main() -> None:
-    """Print presence, true relations (also by predicate), all right and clean as JSON; optionally save a sheet."""
+    """Print the benchmark's figures with their intervals, also by predicate, as JSON; optionally save a sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prompts", type=int, default=200)
@@ -40,8 +42,8 @@ def main() -> None:
     pipeline = FluxPipeline.from_pretrained(args.folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     writer, oracle = TinyWriter(), TinyOracle()
-    prompts = [writer.write(id=f"check-{args.seed}-{i}", n_relations=args.relations[i % len(args.relations)],
-                            seed=seed_of(args.seed, "check", i)) for i in range(args.prompts)]
+    prompts = tuple(writer.write(id=f"check-{args.seed}-{i}", n_relations=args.relations[i % len(args.relations)],
+                                 seed=seed_of(args.seed, "check", i)) for i in range(args.prompts))
     images = []
     for i in range(0, len(prompts), args.batch):
         texts = [p.text for p in prompts[i:i + args.batch]]
@@ -49,25 +51,13 @@ def main() -> None:
         images += pipeline(prompt=texts, height=64, width=64, num_inference_steps=args.steps,
                            guidance_scale=args.guidance, max_sequence_length=TEXT_TOKENS,
                            generator=torch.Generator().manual_seed(args.seed + i), **extra).images
-    verdicts = oracle.verify(images=images, prompts=prompts)
-    by_predicate: dict[str, list[bool]] = {}
-    for prompt, verdict in zip(prompts, verdicts, strict=True):
-        for relation, holds in zip(prompt.relations, verdict.relations, strict=True):
-            by_predicate.setdefault(relation.predicate, []).append(holds)
-    figures = {
-        "presence": float(np.mean([b for v in verdicts for b in v.present])),
-        "relations": float(np.mean([b for v in verdicts for b in v.relations])),
-        "all": float(np.mean([all(v.relations) for v in verdicts])),
-        "right": float(np.mean([v.overall for v in verdicts])),
-        "clean": float(np.mean([v.clean for v in verdicts])),
-        "n": len(prompts), "steps": args.steps, "seed": args.seed,
-        "predicates": {p: {"true": float(np.mean(held)), "n": len(held)} for p, held in sorted(by_predicate.items())}}
+    figures, _ = measure(Benchmark("check", VERSION, prompts, oracle, shares),
+                         oracle.verify(images=images, prompts=prompts), config=BenchConfig(), seed=args.seed)
     if args.sheet:
         tiles = np.stack([np.asarray(i) for i in images[:50]])
         Image.fromarray(np.concatenate([np.concatenate(list(tiles[r:r + 10]), 1) for r in range(0, 50, 10)])).resize(
             (1280, 640), Image.Resampling.NEAREST).save(args.sheet)
-    json.dump(figures, sys.stdout)
-    sys.stdout.write("\n")
+    sys.stdout.write(json_text(figures | {"steps": args.steps, "seed": args.seed}))
 
 
 if __name__ == "__main__":

@@ -52,13 +52,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build"))
     parser.add_argument("--only", choices=("tiny-flux", "tiny-qwen2.5-vl"))
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     corpus, flux, qwen = args.work / "corpus", args.work / "tiny-flux", args.work / "tiny-qwen2.5-vl"
+    machine = ("--device", args.device, "--threads", args.threads)
     if args.only != "tiny-qwen2.5-vl":
         parts = [("tiny_corpus.py", "--out", corpus, "--count", "80000", "--workers", args.threads)]
-        parts += [(*script, "--corpus", corpus, "--out", flux, "--steps", steps, "--batch", batch, "--threads",
-                   args.threads) for script, steps, batch in (
+        parts += [(*script, "--corpus", corpus, "--out", flux, "--steps", steps, "--batch", batch, *machine)
+                  for script, steps, batch in (
                        (("train_tiny_flux.py", "vae"), 3000, 16), (("train_tiny_text.py",), 1200, 128),
                        (("train_tiny_flux.py", "flow"), 11_000, 64))]
         for part in parts:
@@ -70,7 +72,7 @@ def main() -> None:
             "corpus": read_json(corpus / "manifest.json"), "corpus_sha256": data_hash(corpus),
             "held_out_by_relations": held_out, "versions": versions()})
     if args.only != "tiny-flux":
-        run("train_tiny_qwen.py", "--out", SHIPPED / "tiny-qwen2.5-vl", "--work", qwen, "--threads", args.threads)
+        run("train_tiny_qwen.py", "--out", SHIPPED / "tiny-qwen2.5-vl", "--work", qwen, *machine)
 
 
 if __name__ == "__main__":

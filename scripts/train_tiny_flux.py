@@ -14,6 +14,8 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, T5EncoderModel
 
-from _checkpoint import load_state, make_optimizers, save_state
+from _checkpoint import load_state, make_optimizers, save_state, tensor, use_machine
+from spatialt2i.core.device import autocast
 from spatialt2i.core.run import atomic_path, file_hash, progress, seed_of
+from spatialt2i.tiny.phrases import PHRASES
 from spatialt2i.tiny.tokenizer import CLIP_LENGTH, make_tokenizer
 from spatialt2i.tiny.world import OBJECTS
 from train_tiny_text import Places, make_text_encoder
@@ -33,6 +37,7 @@ LATENT_CHANNELS = 8
 SHIFT = 3.0  # of the training noise levels: what is drawn is decided at high ones
 TOP_SHARE, TOP = 0.35, 0.85  # where it is drawn is decided at the highest ones: this share is uniform above that level
 AUX_TEXT = 0.05  # weight of what is told from the text alone
+TOUCHING = ("in front of", "behind", "inside", "on top of", "next to")  # learnt last, so they may be shown more often
 AUX_BLOCK = 1  # the single-stream block whose image tokens must tell which object is where
 
 
@@ -47,7 +52,12 @@ def make_vae() -> AutoencoderKL:
 
 def pixels(images: np.ndarray) -> torch.Tensor:
     """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return tensor(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def mixed(args: argparse.Namespace) -> AbstractContextManager:
+    """Mixed precision as the command line has it."""
+    return autocast(torch.get_default_device(), getattr(torch, args.dtype))
 
 
 def rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -79,7 +89,7 @@ def train_vae(args: argparse.Namespace) -> None:
         rng = np.random.default_rng((args.seed, step))
         torch.manual_seed(args.seed * 1_000_003 + step)
         x = pixels(images[np.sort(rng.integers(len(images), size=args.batch))])  # [B, 3, 64, 64]
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        with mixed(args):
             posterior = vae.encode(x).latent_dist
             z = posterior.sample()
             y = vae.decode(z + 0.05 * torch.randn_like(z)).sample
@@ -165,13 +175,20 @@ def make_latents(args: argparse.Namespace, vae: AutoencoderKL) -> np.ndarray:
     images = np.load(args.corpus / "images.npy", mmap_mode="r")
     packed = np.empty((len(images), 64, 4 * LATENT_CHANNELS), dtype=np.float16)
     for i in progress(range(0, len(images), 250), desc="latents"):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        with torch.no_grad(), mixed(args):
             z = vae.encode(pixels(images[i:i + 250])).latent_dist.mean.float()
         z = (z - vae.config.shift_factor) * vae.config.scaling_factor
-        packed[i:i + 250] = FluxPipeline._pack_latents(z, len(z), LATENT_CHANNELS, 16, 16).numpy()
+        packed[i:i + 250] = FluxPipeline._pack_latents(z, len(z), LATENT_CHANNELS, 16, 16).cpu().numpy()
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, packed)
     return packed
+
+
+def scenes_with(predicates: Sequence[str], tokens: np.ndarray) -> list[np.ndarray]:
+    """For each predicate the scenes whose caption states it. tokens: [N, captions, L], as the corpus has them."""
+    vocabulary = make_tokenizer(max_length=CLIP_LENGTH)
+    ids = [[vocabulary(phrase).input_ids[0] for phrase in PHRASES[predicate]] for predicate in predicates]
+    return [np.flatnonzero(np.isin(tokens[:, 0], every).any(1)) for every in ids]
 
 
 def train_flow(args: argparse.Namespace) -> None:
@@ -181,7 +198,7 @@ def train_flow(args: argparse.Namespace) -> None:
     it means in FLUX.1-dev.
     """
     torch.manual_seed(args.seed)
-    vae = AutoencoderKL.from_pretrained(args.out / "vae")
+    vae = AutoencoderKL.from_pretrained(args.out / "vae").to(torch.get_default_device())
     latents = make_latents(args, vae)
     maps, boxes = np.load(args.corpus / "maps.npy"), np.load(args.corpus / "boxes.npy")
     tokens = np.load(args.corpus / "tokens.npy", mmap_mode="r")
@@ -193,23 +210,26 @@ def train_flow(args: argparse.Namespace) -> None:
     start = load_state(state, module=flow, average=average, optimizers=optimizers)
     if shutil.which("c++"):
         flow.compile_blocks()
-    empty = torch.from_numpy(make_tokenizer(max_length=CLIP_LENGTH)(
+    empty = tensor(make_tokenizer(max_length=CLIP_LENGTH)(
         "", padding="max_length", max_length=tokens.shape[2], return_tensors="np").input_ids)
     weight = torch.ones(1 + len(OBJECTS))
     weight[0] = 0.25  # most of a picture is background
+    hard = scenes_with(TOUCHING, tokens)
     saved = time.monotonic()
     for step in progress(range(start, args.steps), desc="flow", total=args.steps, initial=start):
         rng = np.random.default_rng((args.seed, step))
         torch.manual_seed(args.seed * 1_000_003 + step)
         pick = rng.integers(len(latents), size=args.batch)
-        x0 = torch.from_numpy(latents[pick].astype(np.float32))  # [B, 64, 32]
-        words = torch.from_numpy(tokens[pick, rng.integers(tokens.shape[1], size=args.batch)].astype(np.int64))
+        for i in np.flatnonzero(rng.random(args.batch) < args.touching):
+            pick[i] = rng.choice(hard[rng.integers(len(hard))])
+        x0 = tensor(latents[pick].astype(np.float32))  # [B, 64, 32]
+        words = tensor(tokens[pick, rng.integers(tokens.shape[1], size=args.batch)].astype(np.int64))
         words[torch.rand(args.batch) < 0.1] = empty
-        target = torch.from_numpy(maps[pick].astype(np.int64)).reshape(-1, 8, 2, 8, 2).permute(0, 1, 3, 2, 4)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        target = tensor(maps[pick].astype(np.int64)).reshape(-1, 8, 2, 8, 2).permute(0, 1, 3, 2, 4)
+        with mixed(args):
             error, reading, text = flow_loss(flow, x0, words, target.reshape(-1), weight,
                                              empty if step >= args.guide_from else None)
-            telling, found = flow.places(text, words, torch.from_numpy(boxes[pick].astype(np.float32)))
+            telling, found = flow.places(text, words, tensor(boxes[pick].astype(np.float32)))
         (error + args.aux * reading + AUX_TEXT * telling).backward()
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
         for optimizer, peak in zip(optimizers, (args.lr, args.lr_matrices), strict=True):
@@ -240,7 +260,7 @@ def flow_loss(flow: Flow, x0: torch.Tensor, words: torch.Tensor, target: torch.T
     t = torch.where(torch.rand(len(x0)) < TOP_SHARE, TOP + (1 - TOP) * torch.rand(len(x0)), t)
     noise = torch.randn_like(x0)
     x, u = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise, noise - x0
-    ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32)
+    ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, x0.device, torch.float32)
     guidance = 1 + 4 * torch.rand(len(x0))
     half = len(x0) // 2
     # the fused attention's backward pass on CPUs is several times slower than the plain one at these lengths
@@ -284,11 +304,13 @@ def main() -> None:
     parser.add_argument("--lr-matrices", type=float, default=2e-3, help="peak learning rate of Muon")
     parser.add_argument("--guide-from", type=int, default=2500, help="first step whose target carries guidance")
     parser.add_argument("--aux", type=float, default=0.25, help="weight of the auxiliary reader")
+    parser.add_argument("--touching", type=float, default=0.0, help="share of scenes picked for objects that touch")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    use_machine(device=args.device, threads=args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     (train_vae if args.part == "vae" else train_flow)(args)
 

@@ -15,7 +15,6 @@ import hashlib
 import shlex
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from _checkpoint import load_state, make_optimizers, save_state
+from _checkpoint import load_state, make_optimizers, save_state, tensor, use_machine
+from spatialt2i.core.device import autocast
 from spatialt2i.core.run import progress, tree_hash, versions, write_json
 from spatialt2i.core.store import append_jsonl
 from spatialt2i.reward.pixels import PixelReader
@@ -63,9 +63,10 @@ class Lesson(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The losses by name, and float32 [N], whether each statement was judged rightly."""
-        t = {name: torch.from_numpy(a) for name, a in vars(batch).items() if name not in ("images", "input_ids")}
-        ids, model = torch.from_numpy(batch.input_ids), self.model.model
-        patches, grids = self.reader(list(batch.images))
+        t = {name: tensor(a) for name, a in vars(batch).items() if name not in ("images", "input_ids")}
+        ids, model = tensor(batch.input_ids), self.model.model
+        with torch.device("cpu"):
+            patches, grids = (made.to(ids.device) for made in self.reader(list(batch.images)))
         kinds = torch.zeros(1, ids.shape[1], dtype=torch.long)
         kinds[0, self.picture_at:self.picture_at + self.grid**2] = 1
         positions = model.get_rope_index(torch.zeros_like(kinds), kinds, image_grid_thw=grids[:1])[0]
@@ -102,7 +103,10 @@ class Lesson(nn.Module):
 
 
 def faster_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies matrices in it at least half again as fast, else float32."""
+    """bfloat16 on a GPU, and where this CPU multiplies matrices in it at least half again as fast; else float32."""
+    if torch.get_default_device().type != "cpu":
+        return torch.bfloat16
+
     def seconds(dtype: torch.dtype) -> float:
         a, b = torch.ones(4096, 128, dtype=dtype), torch.ones(128, 384, dtype=dtype)
         times = []
@@ -113,11 +117,6 @@ def faster_dtype() -> torch.dtype:
         return min(times)
 
     return torch.bfloat16 if seconds(torch.bfloat16) < seconds(torch.float32) / 1.5 else torch.float32
-
-
-def mixed(dtype: torch.dtype):
-    """Mixed precision, or nothing."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
 
 
 def judge(lesson: Lesson, tasks: Tasks, *, batches: int, size: int) -> dict[str, float | dict[str, float]]:
@@ -148,12 +147,12 @@ def averaged(lesson: Lesson, average: dict[str, Tensor]) -> None:
 def repaint(vae: AutoencoderKL, images: np.ndarray, seed: int) -> None:
     """Put the last pictures of uint8 [B, 64, 64, 3] through the autoencoder, its latents a little disturbed."""
     some = images[-round(REPAINTED * len(images)):]
-    x = torch.from_numpy(some).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = tensor(some).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mean
-        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(z)
         y = vae.decode(z + 0.1 * z.std() * noise).sample
-    some[:] = ((y.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    some[:] = ((y.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def arguments() -> argparse.Namespace:
@@ -173,6 +172,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then; start again to go on")
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--eval-every", type=int, default=250)
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     return parser.parse_args()
@@ -181,7 +181,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Train, or go on training, and write the folder with its manifest."""
     args = arguments()
-    torch.set_num_threads(args.threads)
+    device = use_machine(device=args.device, threads=args.threads)
     dtype = faster_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
     args.work.mkdir(parents=True, exist_ok=True)
     start = args.work / "start"
@@ -193,9 +193,9 @@ def main() -> None:
     sets = {split: Tasks(layouts(n, seed=args.seed, split=split), tokenizer=tokenizer, grid=GRID, seed=args.seed,
                          split=split) for split, n in {"train": args.layouts, "held-out": 1000}.items()}
     torch.manual_seed(args.seed)
-    lesson = Lesson(model, tasks=sets["train"], reader=reader).train()
+    lesson = Lesson(model, tasks=sets["train"], reader=reader).to(device).train()
     optimizers = make_optimizers(lesson, lr=args.lr, lr_matrices=args.lr_matrices)
-    vae = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32).to(device).eval()
     average = {k: v.clone() for k, v in lesson.state_dict().items()}
     state = args.work / "state.safetensors"
     first = load_state(state, module=lesson, average=average, optimizers=optimizers)
@@ -203,7 +203,7 @@ def main() -> None:
     for step in range(first, args.steps):
         rate = min(1, (step + 1) / args.warmup) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / args.steps)))
         batch = sets["train"].batch(step, args.batch)
-        with mixed(dtype):
+        with autocast(torch.get_default_device(), dtype):
             repaint(vae, batch.images, step)
             losses, right = lesson(batch)
         total = sum(losses.values())
@@ -237,7 +237,7 @@ def main() -> None:
     make_tiny_qwen(args.out, tokenizer=tokenizer, seed=args.seed)
     model.save_pretrained(args.out)
     digest = hashlib.sha256((args.out / "model.safetensors").read_bytes()).hexdigest()
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "vae", "minutes", "threads")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "vae", "minutes", "threads", "device")}
     options = shlex.join(f"--{k.replace('_', '-')}={v}" for k, v in settings.items())
     write_json(args.out / "manifest.json", {
         "command": f"python scripts/train_tiny_qwen.py --out OUT --work WORK {options}",

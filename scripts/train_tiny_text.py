@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5Config, T5EncoderModel
 
-from _checkpoint import load_state, make_optimizers, save_state
+from _checkpoint import load_state, make_optimizers, save_state, tensor, use_machine
 from spatialt2i.core.run import progress
 from spatialt2i.core.store import append_jsonl
 from spatialt2i.tiny.tokenizer import CLIP_LENGTH, make_tokenizer
@@ -28,7 +28,7 @@ from spatialt2i.tiny.world import OBJECTS, SIZE
 
 WIDTH, HEADS, PAIR_WIDTH = 128, 4, 32
 CELLS = 8  # places are told on a grid of 8 x 8
-OFFSETS = torch.tensor([-0.45, -0.33, -0.22, -0.12, -0.04, 0.04, 0.12, 0.22, 0.33, 0.45])  # bin edges, picture widths
+OFFSETS = (-0.45, -0.33, -0.22, -0.12, -0.04, 0.04, 0.12, 0.22, 0.33, 0.45)  # bin edges, picture widths
 CLEARLY = 0.12  # objects further apart than this are on different sides
 NEIGHBOURS = ((-1,), (1,), (-2, 2), ())  # tokens that each head attends to at the start
 LR_BIAS = 3e-2  # a bias must move by several units where other weights move by hundredths
@@ -60,9 +60,11 @@ class Places(nn.Module):
         self.subject, self.other = nn.Linear(WIDTH, logits), nn.Linear(WIDTH, logits)
         self.query, self.key = nn.Linear(WIDTH, logits * PAIR_WIDTH), nn.Linear(WIDTH, PAIR_WIDTH)
         tokenizer = make_tokenizer(max_length=CLIP_LENGTH)
-        self.object_of = torch.full((len(tokenizer),), -1)  # which object a token mentions
+        object_of = torch.full((len(tokenizer),), -1)  # which object a token mentions
         for i, name in enumerate(OBJECTS):
-            self.object_of[tokenizer(name).input_ids[0]] = i
+            object_of[tokenizer(name).input_ids[0]] = i
+        self.register_buffer("object_of", object_of, persistent=False)
+        self.register_buffer("edges", torch.tensor(OFFSETS), persistent=False)
 
     def forward(self, hidden: Tensor, words: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The loss, and the shares of clear offsets and of overlaps whose order is told rightly.
@@ -86,7 +88,7 @@ class Places(nn.Module):
         offset = (one - two)[:, :2] / SIZE
         reach = (one + two)[:, 2] / SIZE - 1 / SIZE
         depth = torch.where(offset.abs().amax(1) < reach, 1 + (one[:, 3] > two[:, 3]).long(), 0)  # apart, behind, front
-        goals = (*torch.bucketize(offset, OFFSETS).unbind(1), depth)
+        goals = (*torch.bucketize(offset, self.edges).unbind(1), depth)
         losses = sum(F.cross_entropy(x, y, reduction="none") for x, y in zip(logits, goals, strict=True))
         weight = 1 / pairs.sum((1, 2))[b]  # every text counts the same
         half = len(OFFSETS) // 2
@@ -115,9 +117,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--lr-matrices", type=float, default=7e-3, help="peak learning rate of Muon")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    use_machine(device=args.device, threads=args.threads)
     torch.manual_seed(args.seed)
     boxes, tokens = np.load(args.corpus / "boxes.npy"), np.load(args.corpus / "tokens.npy", mmap_mode="r")
     model = Reader()
@@ -129,9 +132,9 @@ def main() -> None:
     for step in progress(range(start, args.steps), desc="text", total=args.steps, initial=start):
         rng = np.random.default_rng((args.seed, step))
         pick = rng.integers(len(tokens), size=args.batch)
-        words = torch.from_numpy(tokens[pick, rng.integers(tokens.shape[1], size=args.batch)].astype(np.int64))
+        words = tensor(tokens[pick, rng.integers(tokens.shape[1], size=args.batch)].astype(np.int64))
         hidden = model.t5(words).last_hidden_state
-        loss, found = model.places(hidden, words, torch.from_numpy(boxes[pick].astype(np.float32)))
+        loss, found = model.places(hidden, words, tensor(boxes[pick].astype(np.float32)))
         loss.backward()
         rate = min(1, (step + 1) / 100) * (1 - step / args.steps)
         for optimizer, peak in zip(optimizers, (args.lr, args.lr_matrices, LR_BIAS), strict=True):

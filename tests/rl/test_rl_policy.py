@@ -253,8 +253,8 @@ def test_without_noise_a_rollout_is_the_stock_pipelines_and_its_log_probs_are_of
     noise = policy._forward_noise(rollout, rows).unflatten(0, (2, 3, 2))
     assert torch.equal(noise, noise[:, :1].expand_as(noise))
     assert len({tuple(row) for row in noise[:, 0].flatten(0, 1)[:, 0].tolist()}) == 4
-    expected = -0.5 * (v - (noise.flatten(0, 2) - rollout.latents[:, :, -1].flatten(0, 1).repeat_interleave(2, 0))) ** 2
-    torch.testing.assert_close(log_prob, expected.mean((1, 2)))
+    x0 = rollout.latents[:, :, -1].flatten(0, 1).repeat_interleave(2, 0)
+    torch.testing.assert_close(log_prob, sde.picture_log_prob(v, x0=x0, noise=noise.flatten(0, 2)))
     base = policy.log_prob(rollout=rollout, rows=rows, reference=True)
     assert not base[1].requires_grad and not torch.allclose(base[1], v, atol=1e-2)
 

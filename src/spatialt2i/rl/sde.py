@@ -156,11 +156,12 @@ def add_noise(x0: Tensor, *, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def picture_log_prob(v: Tensor, *, x0: Tensor, noise: Tensor) -> Tensor:
-    """What one noise level adds to the evidence bound of a picture's log-likelihood, weighted as flow matching does.
+    """How likely a picture is, as one noise level tells: minus the error of the velocity predicted at `add_noise`.
 
-    Minus half of the mean squared error of the velocity predicted at `add_noise`. As `log_prob` it is a mean over the
-    elements. Its gradient, weighted by advantages, is that of Advantage Weighted Matching (arXiv 2509.25050) and, in
-    the first update of a rollout, of DiffusionNFT (arXiv 2509.16117).
+    Half of the squared error is what the level adds to the evidence bound of the log-likelihood, and what Advantage
+    Weighted Matching (arXiv 2509.25050) takes. This is the root of the mean squared error: the same gradient, divided
+    by the picture's own error as in DiffusionNFT (arXiv 2509.16117). So all pictures of a rollout pull equally, and a
+    bad one that is already unlikely does not push ever harder.
 
     Args:
         v: [B, S, C], predicted at the noised pictures.
@@ -169,7 +170,7 @@ def picture_log_prob(v: Tensor, *, x0: Tensor, noise: Tensor) -> Tensor:
     Returns:
         [B].
     """
-    return -0.5 * (v - (noise - x0)).square().mean((1, 2))
+    return -(v - (noise - x0)).square().mean((1, 2)).sqrt()
 
 
 def _over(value: Tensor, x: Tensor) -> Tensor:
