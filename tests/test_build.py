@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from spatialt2i import build
 from spatialt2i.core.config import BenchConfig, Config, DataConfig, RLConfig, load_config
@@ -109,3 +111,23 @@ def test_a_damaged_file_of_the_dataset_is_made_again(tmp_path: Path) -> None:
     file.write_bytes(whole[:1000])
     build.data_build(config, run)
     assert file.read_bytes() == whole
+
+
+def test_what_was_sampled_before_an_interruption_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped:
+        drawn = 0
+
+        def generate(self, *, prompts, seeds):
+            if self.drawn == 4:
+                raise KeyboardInterrupt
+            self.drawn += len(prompts)
+            return [Image.new("RGB", (8, 8), (seed, 0, 0)) for seed in seeds]
+
+    monkeypatch.setattr(build, "make_policy", lambda config, adapter=None: Stopped())
+    config = load_config("tiny", ["rl.sample_batch=2"])
+    settings = dict(prompts=["a", "b"], first_seed=5, base=True, out=tmp_path)
+    assert [p["seed"] for p in build.rl_sample(config, None, count=2, **settings)["pictures"]] == [5, 6, 5, 6]
+    shutil.rmtree(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        build.rl_sample(config, None, count=3, **settings)
+    assert [Image.open(p).getpixel((0, 0))[0] for p in sorted(tmp_path.iterdir())] == [5, 6, 7, 5]

@@ -22,6 +22,7 @@ from spatialt2i.core.run import (
     file_hash,
     json_text,
     lasting,
+    progress,
     read_json,
     seed_of,
     tree_hash,
@@ -131,14 +132,19 @@ def rl_sample(config: Config, run: RunDir | None, *, prompts: Sequence[str], fir
     policy = make_policy(config, adapter=None if base else run.path / "rl" / "adapter")
     named = [Prompt(f"cli-{i}", text, "", ()) for i, text in enumerate(prompts)]
     wanted = [(prompt, first_seed + j) for prompt in named for j in range(count)]
-    images = policy.generate(prompts=[p for p, _ in wanted], seeds=[seed for _, seed in wanted])
     folder = out or run.path / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for i, (image, (prompt, seed)) in enumerate(zip(images, wanted, strict=True)):
-        with atomic_path(folder / f"{i:03d}.png") as path:
-            image.save(path, "PNG")
-        written.append({"image": str(folder / f"{i:03d}.png"), "prompt": prompt.text, "seed": seed})
+    written: list[dict[str, Any]] = []
+    with progress(len(wanted), desc="drawing") as bar:
+        for at in range(0, len(wanted), config.rl.sample_batch):  # each batch is written before the next is drawn
+            part = wanted[at:at + config.rl.sample_batch]
+            images = policy.generate(prompts=[p for p, _ in part], seeds=[seed for _, seed in part])
+            for image, (prompt, seed) in zip(images, part, strict=True):
+                name = folder / f"{len(written):03d}.png"
+                with atomic_path(name) as path:
+                    image.save(path, "PNG")
+                written.append({"image": str(name), "prompt": prompt.text, "seed": seed})
+            bar.update(len(part))
     return {"pictures": written}
 
 
