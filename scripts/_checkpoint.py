@@ -59,6 +59,12 @@ def load_state(path: Path, *, module: torch.nn.Module, average: dict[str, torch.
         return json.loads(f.metadata()["step"])
 
 
+def load_average(path: Path, *, module: torch.nn.Module) -> None:
+    """Read the averaged weights of what `save_state` wrote, and nothing else."""
+    with safe_open(path, "pt") as f:
+        module.load_state_dict({k: f.get_tensor(f"average.{k}") for k in module.state_dict()})
+
+
 def make_optimizers(module: torch.nn.Module, *, lr: float, lr_matrices: float,
                     without: Sequence[torch.nn.Parameter] = ()) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon (as torch has it) for the matrices of the module's blocks; neither for those ``without``.

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, T5EncoderModel
 
-from _checkpoint import load_state, make_optimizers, save_state, tensor, use_machine
+from _checkpoint import load_average, load_state, make_optimizers, save_state, tensor, use_machine
 from spatialt2i.core.device import autocast
 from spatialt2i.core.run import atomic_path, file_hash, progress, seed_of
 from spatialt2i.tiny.phrases import PHRASES
@@ -198,12 +198,17 @@ def train_flow(args: argparse.Namespace) -> None:
     it means in FLUX.1-dev.
     """
     torch.manual_seed(args.seed)
+    if args.start:
+        shutil.copytree(args.start.parent / "vae", args.out / "vae", dirs_exist_ok=True)
     vae = AutoencoderKL.from_pretrained(args.out / "vae").to(torch.get_default_device())
     latents = make_latents(args, vae)
     maps, boxes = np.load(args.corpus / "maps.npy"), np.load(args.corpus / "boxes.npy")
     tokens = np.load(args.corpus / "tokens.npy", mmap_mode="r")
     flow = Flow()
-    flow.t5.load_state_dict(T5EncoderModel.from_pretrained(args.out / "text").state_dict())
+    if args.start:
+        load_average(args.start, module=flow)
+    else:
+        flow.t5.load_state_dict(T5EncoderModel.from_pretrained(args.out / "text").state_dict())
     average = {k: v.clone() for k, v in flow.state_dict().items()}
     optimizers = make_optimizers(flow, lr=args.lr, lr_matrices=args.lr_matrices)
     state = args.out / "flow_state.safetensors"
@@ -304,6 +309,7 @@ def main() -> None:
     parser.add_argument("--lr-matrices", type=float, default=2e-3, help="peak learning rate of Muon")
     parser.add_argument("--guide-from", type=int, default=2500, help="first step whose target carries guidance")
     parser.add_argument("--aux", type=float, default=0.25, help="weight of the auxiliary reader")
+    parser.add_argument("--start", type=Path, help="flow: the state of another --out, whose averaged weights to go on from")
     parser.add_argument("--touching", type=float, default=0.0, help="share of scenes picked for objects that touch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
