@@ -65,7 +65,7 @@ def main() -> None:
                   for script, steps, batch in (
                        (("train_tiny_flux.py", "vae"), 3000, 16), (("train_tiny_text.py",), 1200, 128),
                        (("train_tiny_flux.py", "flow"), 11_000, 64))]
-        # what is learnt last, shown more often; then the captions of FLUX.1-dev's kind, that cannot be relied on
+        # what is learnt last, shown more often; then captions half wrong, after which it places things badly
         parts += [("tiny_corpus.py", "--out", wrong, "--count", "80000", "--scramble", "0.5", "--workers", args.threads)]
         parts += [("train_tiny_flux.py", "flow", "--start", start / "flow_state.safetensors", "--corpus", pictures,
                    "--out", out, "--steps", steps, "--batch", 64, "--lr", "7e-4", "--lr-matrices", "1.4e-3",

@@ -243,8 +243,8 @@ def train_flow(args: argparse.Namespace) -> None:
             optimizer.zero_grad()
         blend(average, flow, min(0.999, (step + 1) / (step + 100)))
         if step % 50 == 0:
-            values = {"error": error, "reading": reading, "telling": telling, "norm": norm}
-            log(args.out / "flow.jsonl", step=step, **{k: v.item() for k, v in values.items()}, **found)
+            values = {"error": error, "reading": reading, "telling": telling, "norm": norm, **found}
+            log(args.out / "flow.jsonl", step=step, **{k: v.item() for k, v in values.items()})
         if time.monotonic() - saved > 180 or step + 1 == args.steps:
             save_state(state, step=step + 1, module=flow, average=average, optimizers=optimizers)
             write_pipeline(args.out, average, vae)

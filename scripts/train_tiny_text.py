@@ -66,7 +66,7 @@ class Places(nn.Module):
         self.register_buffer("object_of", object_of, persistent=False)
         self.register_buffer("edges", torch.tensor(OFFSETS), persistent=False)
 
-    def forward(self, hidden: Tensor, words: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, hidden: Tensor, words: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and the shares of clear offsets and of overlaps whose order is told rightly.
 
         Args:
@@ -94,8 +94,8 @@ class Places(nn.Module):
         half = len(OFFSETS) // 2
         chance = torch.stack(logits[:2], 1).detach().softmax(-1)  # [M, 2, bins]
         side = chance[..., half + 1:].sum(-1) > chance[..., :half].sum(-1)
-        found = {"side": float((side == (offset > 0))[offset.abs() > CLEARLY].float().mean()),
-                 "depth": float(((logits[2][:, 2] > logits[2][:, 1]) == (depth == 2))[depth > 0].float().mean())}
+        found = {"side": (side == (offset > 0))[offset.abs() > CLEARLY].float().mean(),
+                 "depth": ((logits[2][:, 2] > logits[2][:, 1]) == (depth == 2))[depth > 0].float().mean()}
         return 0.3 * place + (losses * weight).sum() / weight.sum() / 2, found
 
 
@@ -142,7 +142,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         if step % 25 == 0:
-            append_jsonl(args.out / "text.jsonl", {"step": step, "loss": loss.item(), **found})
+            append_jsonl(args.out / "text.jsonl", {"step": step, "loss": loss.item(), **{k: v.item() for k, v in found.items()}})
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             save_state(state, step=step + 1, module=model, average={}, optimizers=optimizers)
     model.t5.save_pretrained(args.out / "text")

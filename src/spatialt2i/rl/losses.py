@@ -25,8 +25,7 @@ def policy_loss(*, log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor,
     Returns:
         loss [B]; metrics without gradient: log_ratio [B], ratio [B], clipped [B] (1 where the clip stops the gradient).
     """
-    known = ~old_log_prob.isnan()
-    log_ratio = log_prob - torch.where(known, old_log_prob, log_prob.detach())
+    log_ratio = log_prob - torch.where(old_log_prob.isnan(), log_prob.detach(), old_log_prob)
     ratio = log_ratio.exp()
     free, bounded = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
     metrics = {"log_ratio": log_ratio.detach(), "ratio": ratio.detach(), "clipped": (bounded > free).detach().float()}
