@@ -112,8 +112,8 @@ class RLConfig:
                           choices=("sde", "cps", "dance", "ode"))  # the paper uses Flow-SDE
     noise: float = setting(0.9, "noise level of the kernel", gt=0)  # [Flow-GRPO]
     same_start: bool = setting(False, "the images of a prompt start from the same noise")  # DanceGRPO: True
-    train_from: int = setting(0, "first denoising step that is trained on (and draws noise)", ge=0)  # [Flow-GRPO]
-    train_steps: int = setting(5, "steps that are trained on; the others are ODE steps", ge=1)  # [Flow-GRPO]: not the last
+    train_from: int = setting(0, "first denoising step that is trained on", ge=0)  # [Flow-GRPO]
+    train_steps: int = setting(5, "steps trained on; the others draw no noise", ge=1)  # [Flow-GRPO]: not the last
     clip: float = setting(1e-4, "clip range of the ratio", gt=0)
     kl: float = setting(0.01, "weight of the KL to the base model", ge=0)
     lr: float = setting(3e-4, "learning rate of the adapter", gt=0)
