@@ -195,7 +195,8 @@ def train_flow(args: argparse.Namespace) -> None:
     """Flow matching on v = noise - picture, a tenth of the captions left empty, plus the two auxiliary readers.
 
     From step ``args.guide_from`` on the target carries classifier-free guidance, so that the guidance input means what
-    it means in FLUX.1-dev.
+    it means in FLUX.1-dev. With ``args.keep`` what is written lies between the learnt weights and those of
+    ``args.start``, on a line (arXiv 2109.01903): what was learnt is weaker there, and what was known is nearly whole.
     """
     torch.manual_seed(args.seed)
     if args.start:
@@ -249,6 +250,9 @@ def train_flow(args: argparse.Namespace) -> None:
             save_state(state, step=step + 1, module=flow, average=average, optimizers=optimizers)
             write_pipeline(args.out, average, vae)
             saved = time.monotonic()
+    if args.keep:
+        load_average(args.start, module=flow)
+        blend(average, flow, 1 - args.keep)
     write_pipeline(args.out, average, vae)
 
 
@@ -309,7 +313,9 @@ def main() -> None:
     parser.add_argument("--lr-matrices", type=float, default=2e-3, help="peak learning rate of Muon")
     parser.add_argument("--guide-from", type=int, default=2500, help="first step whose target carries guidance")
     parser.add_argument("--aux", type=float, default=0.25, help="weight of the auxiliary reader")
-    parser.add_argument("--start", type=Path, help="flow: the state of another --out, whose averaged weights to go on from")
+    parser.add_argument("--start", type=Path,
+                        help="flow: the state of another --out, whose averaged weights to go on from")
+    parser.add_argument("--keep", type=float, default=0.0, help="share of the weights of --start in what is written")
     parser.add_argument("--touching", type=float, default=0.0, help="share of scenes picked for objects that touch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")

@@ -142,7 +142,8 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         if step % 25 == 0:
-            append_jsonl(args.out / "text.jsonl", {"step": step, "loss": loss.item(), **{k: v.item() for k, v in found.items()}})
+            values = {"loss": loss, **found}
+            append_jsonl(args.out / "text.jsonl", {"step": step, **{k: v.item() for k, v in values.items()}})
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             save_state(state, step=step + 1, module=model, average={}, optimizers=optimizers)
     model.t5.save_pretrained(args.out / "text")

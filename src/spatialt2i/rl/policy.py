@@ -60,6 +60,7 @@ class FluxPolicy:
         self.pipeline = pipeline
         self._config = config
         self._device = device
+        self._seed = seed
         cell = 2 * pipeline.vae_scale_factor  # pixels per latent token: FLUX packs 2 x 2 latent pixels into one
         if config.resolution % cell:
             raise ValueError(f"rl.resolution = {config.resolution}, expected a multiple of {cell} for {config.model}")
@@ -90,7 +91,7 @@ class FluxPolicy:
         Args:
             config: model, dtype, adapter, schedule and sizes.
             device: where everything runs.
-            seed: of the adapter's initial weights.
+            seed: of the adapter's initial weights, and of what `log_prob` draws with kernel "ode".
 
         Raises:
             OSError: the folder or hub id cannot be loaded.
@@ -251,8 +252,8 @@ class FluxPolicy:
             return self._velocity(x, rollout.sigmas[t], embeds)
 
     def _forward_noise(self, rollout: Rollout, rows: Tensor) -> Tensor:
-        """Standard normal [B, S, C], a function of the prompt's id and the step."""
-        return self._noise([torch.Generator("cpu").manual_seed(seed_of("forward", rollout.prompts[p].id, t))
+        """Standard normal [B, S, C], a function of the run's seed, the prompt's id and the step."""
+        return self._noise([torch.Generator("cpu").manual_seed(seed_of(self._seed, "forward", rollout.prompts[p].id, t))
                             for p, _, t in rows.tolist()])
 
     def _velocity(self, latents: Tensor, sigma: Tensor, embeds: tuple[Tensor, Tensor]) -> Tensor:
