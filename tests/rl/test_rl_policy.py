@@ -259,6 +259,22 @@ def test_without_noise_a_rollout_is_the_stock_pipelines_and_its_log_probs_are_of
     assert not base[1].requires_grad and not torch.allclose(base[1], v, atol=1e-2)
 
 
+def test_several_draws_average_the_log_prob_of_a_picture_and_a_seed_draws_its_own(make_policy):
+    settings = {"kernel": "ode", "train_steps": 2}
+    policy, once, other = (make_policy(draws=draws, seed=seed, **settings) for draws, seed in ((3, 0), (1, 0), (3, 1)))
+    rollout = policy.sample(prompts=prompts_of(0), group=3, seeds=SEEDS)
+    rows = all_rows(rollout, [0, 1])
+    log_prob, v, level = policy.log_prob(rollout=rollout, rows=rows)
+    noise = policy._forward_noise(rollout, rows).unflatten(0, (12, 3))
+    assert torch.equal(noise[:, 0], once._forward_noise(rollout, rows))
+    assert v.shape == (12, 3 * 16, rollout.latents.shape[-1]) and level.shape == (12,)
+    x0 = rollout.latents[:, :, -1].flatten(0, 1).repeat_interleave(2, 0)
+    each = [sde.picture_log_prob(v.unflatten(1, (3, -1))[:, i], x0=x0, noise=noise[:, i]) for i in range(3)]
+    torch.testing.assert_close(log_prob, torch.stack(each).mean(0))
+    torch.testing.assert_close(each[0], once.log_prob(rollout=rollout, rows=rows)[0])
+    assert not torch.allclose(log_prob, other.log_prob(rollout=rollout, rows=rows)[0], atol=1e-4)
+
+
 def test_bfloat16_keeps_latents_log_probs_and_adapter_in_float32(make_policy):
     policy = make_policy(dtype="bfloat16")
     shake(policy)

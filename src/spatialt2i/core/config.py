@@ -111,6 +111,7 @@ class RLConfig:
     kernel: str = setting("sde", "log-probs of steps (Flow-SDE, CPS, Dance-SDE), or of pictures (ode)",
                           choices=("sde", "cps", "dance", "ode"))  # the paper uses Flow-SDE
     noise: float = setting(0.9, "noise level of the kernel", gt=0)  # [Flow-GRPO]
+    draws: int = setting(1, "noises per picture and trained step; their log-probs are averaged (kernel ode)", ge=1)
     same_start: bool = setting(False, "the images of a prompt start from the same noise")  # DanceGRPO: True
     train_from: int = setting(0, "first denoising step that is trained on", ge=0)  # [Flow-GRPO]
     train_steps: int = setting(5, "steps trained on; the others draw no noise", ge=1)  # [Flow-GRPO]: not the last
@@ -351,9 +352,8 @@ def _check_together(config: Config, where: str) -> None:
         raise ConfigError(f"{where}: rl.train_from = {rl.train_from} with rl.train_steps = {rl.train_steps}: expected "
                           f"their sum to be at most rl.rollout_steps = {rl.rollout_steps}")
     if rl.kernel == "cps" and rl.train_from + rl.train_steps == rl.rollout_steps:
-        raise ConfigError(f"{where}: rl.train_steps = {rl.train_steps} from rl.train_from = {rl.train_from} with "
-                          f"rl.kernel = \"cps\", which draws no noise at the last step: expected their sum to be below "
-                          f"rl.rollout_steps = {rl.rollout_steps}")
+        raise ConfigError(f"{where}: rl.train_from + rl.train_steps = {rl.rollout_steps} with rl.kernel = \"cps\", "
+                          "which draws no noise at the last step: expected a sum below rl.rollout_steps")
     if rl.kernel == "cps" and rl.noise > 1:
         raise ConfigError(f"{where}: rl.noise = {rl.noise} with rl.kernel = \"cps\": expected at most 1")
     if rl.kernel == "ode" and rl.same_start:

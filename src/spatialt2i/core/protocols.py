@@ -82,7 +82,7 @@ class Policy(Generator, Protocol):
             reference: use the base model (adapter off), without gradient.
 
         Returns:
-            log_prob [B], what was predicted [B, S, C], noise level [B] (which scales the KL).
+            log_prob [B], what was predicted [B, D S, C] (D predictions each), noise level [B] (which scales the KL).
         """
         ...
 

@@ -161,9 +161,9 @@ class FluxPolicy:
     def log_prob(self, *, rollout: Rollout, rows: Tensor, reference: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs with the current adapter, through the forward pass that drew: of single denoising steps, replayed.
 
-        With kernel "ode", whose steps have no density: of the pictures, noised to the levels of those steps. The noise
-        is a function of prompt and step alone. So it is the same for all images of a prompt, and what an advantage
-        multiplies is how they differ.
+        With kernel "ode", whose steps have no density: of the pictures, noised to the levels of those steps, with D
+        noises each (``config.draws``). The noises are a function of prompt and step alone. So they are the same for all
+        images of a prompt, and what an advantage multiplies is how those differ.
 
         Args:
             rollout: where latents, prompts and schedule are.
@@ -171,15 +171,13 @@ class FluxPolicy:
             reference: with the adapter off (the base model) and without gradient.
 
         Returns:
-            log_prob [B]; mean of the transition, or the velocity, [B, S, C]; noise level [B], the kernel's s, or 1,
-            which scales the KL.
+            log_prob [B]; mean of the transition [B, S, C], or the velocities [B, D S, C]; noise level [B], the kernel's
+            s, or 1, which scales the KL.
         """
+        if self._config.kernel == "ode":
+            return self._picture_log_prob(rollout, rows, reference=reference)
         p, g, t = rows.unbind(1)
         now, then = rollout.sigmas[t], rollout.sigmas[t + 1]  # [B]
-        if self._config.kernel == "ode":
-            x0, noise = rollout.latents[p, g, -1], self._forward_noise(rollout, rows)  # [B, S, C]
-            v = self._predict(rollout, rows, sde.add_noise(x0, noise=noise, sigma=now), reference=reference)
-            return sde.picture_log_prob(v, x0=x0, noise=noise), v, torch.ones_like(now)
         x, x_next = rollout.latents[p, g, t], rollout.latents[p, g, t + 1]  # [B, S, C]
         v = self._predict(rollout, rows, x, reference=reference)
         law = {"sigma": now, "sigma_next": then, "noise": self._config.noise, "sigma_max": rollout.sigmas[1]}
@@ -251,10 +249,22 @@ class FluxPolicy:
         with self._adapter_off(), torch.no_grad():
             return self._velocity(x, rollout.sigmas[t], embeds)
 
+    def _picture_log_prob(self, rollout: Rollout, rows: Tensor, *, reference: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """`log_prob` for kernel "ode"."""
+        draws = self._config.draws
+        noise = self._forward_noise(rollout, rows)  # [B D, S, C]
+        rows = rows.repeat_interleave(draws, 0)
+        p, g, t = rows.unbind(1)
+        x0, sigma = rollout.latents[p, g, -1], rollout.sigmas[t]
+        v = self._predict(rollout, rows, sde.add_noise(x0, noise=noise, sigma=sigma), reference=reference)
+        log_prob = sde.picture_log_prob(v, x0=x0, noise=noise).unflatten(0, (-1, draws)).mean(1)  # [B]
+        return log_prob, v.unflatten(0, (-1, draws)).flatten(1, 2), torch.ones_like(log_prob)
+
     def _forward_noise(self, rollout: Rollout, rows: Tensor) -> Tensor:
-        """Standard normal [B, S, C], a function of the run's seed, the prompt's id and the step."""
-        return self._noise([torch.Generator("cpu").manual_seed(seed_of(self._seed, "forward", rollout.prompts[p].id, t))
-                            for p, _, t in rows.tolist()])
+        """Standard normal [B D, S, C], a function of the run's seed, the prompt's id, the step and the draw."""
+        return self._noise([
+            torch.Generator("cpu").manual_seed(seed_of(self._seed, "forward", rollout.prompts[p].id, t, draw))
+            for p, _, t in rows.tolist() for draw in range(self._config.draws)])
 
     def _velocity(self, latents: Tensor, sigma: Tensor, embeds: tuple[Tensor, Tensor]) -> Tensor:
         """The transformer's v, float32 [B, S, C], at latents [B, S, C] and sigma [B]: the only forward pass."""
