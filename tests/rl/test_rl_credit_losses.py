@@ -76,6 +76,16 @@ def test_on_policy_the_loss_is_minus_the_advantage_and_its_gradient_is_reinforce
     torch.testing.assert_close(log_prob.grad, -advantage)
 
 
+def test_without_old_log_probs_the_gradient_is_the_same_and_the_ratio_is_not_known():
+    log_prob = torch.tensor([-1.0, -2.0], requires_grad=True)
+    loss, metrics = policy_loss(log_prob=log_prob, old_log_prob=torch.tensor([NAN, -2.0]),
+                                advantage=torch.tensor([1.0, -2.0]), clip=1e-4)
+    loss.sum().backward()
+    torch.testing.assert_close(log_prob.grad, torch.tensor([-1.0, 2.0]))
+    for name, known in {"ratio": 1.0, "log_ratio": 0.0, "clipped": 0.0}.items():
+        assert metrics[name].isnan().tolist() == [True, False] and metrics[name][1] == known
+
+
 @pytest.mark.parametrize(("ratio", "advantage", "clipped"), [(1.5, 1.0, True), (0.5, 1.0, False), (1.5, -1.0, False),
                                                              (0.5, -1.0, True), (1.05, 1.0, False)])
 def test_the_clip_stops_the_gradient_only_where_it_would_go_further(ratio, advantage, clipped):

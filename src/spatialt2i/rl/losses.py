@@ -18,18 +18,20 @@ def policy_loss(*, log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor,
     Args:
         log_prob: [B], under the current weights, with gradient.
         old_log_prob: [B], from the rollout. NaN where drawing did not compute it: then it is the current one, which is
-            exact as long as each rollout is used for one update.
+            exact as long as each rollout is used for one update, and says nothing about the ratio.
         advantage: [B].
         clip: half-width of the trust region.
 
     Returns:
-        loss [B]; metrics without gradient: log_ratio [B], ratio [B], clipped [B] (1 where the clip stops the gradient).
+        loss [B]; metrics without gradient: log_ratio [B], ratio [B], clipped [B] (1 where the clip stops the gradient);
+        NaN where there was no old log-prob.
     """
-    log_ratio = log_prob - torch.where(old_log_prob.isnan(), log_prob.detach(), old_log_prob)
+    unknown = old_log_prob.isnan()
+    log_ratio = log_prob - torch.where(unknown, log_prob.detach(), old_log_prob)
     ratio = log_ratio.exp()
     free, bounded = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
-    metrics = {"log_ratio": log_ratio.detach(), "ratio": ratio.detach(), "clipped": (bounded > free).detach().float()}
-    return free.maximum(bounded), metrics
+    metrics = {"log_ratio": log_ratio, "ratio": ratio, "clipped": (bounded > free).float()}
+    return free.maximum(bounded), {k: v.detach().masked_fill(unknown, torch.nan) for k, v in metrics.items()}
 
 
 def kl_loss(*, mean: Tensor, reference: Tensor, level: Tensor) -> Tensor:

@@ -138,8 +138,8 @@ def accumulate_gradients(policy: Policy, rollout: Rollout, advantages: Tensor, c
         config: trained steps, clip range, KL weight, micro-batch.
 
     Returns:
-        ratio_mean, max_log_ratio, clip_share, kl (NaN where it has no weight) and loss; all NaN where nothing was
-        trained on.
+        ratio_mean, max_log_ratio and clip_share (NaN with kernel "ode", which draws without log-probs), kl (NaN where
+        it has no weight) and loss; all NaN where nothing was trained on.
     """
     for parameter in policy.parameters().values():
         parameter.grad = None
