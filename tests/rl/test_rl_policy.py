@@ -242,7 +242,8 @@ def test_without_noise_a_rollout_is_the_stock_pipelines_and_its_log_probs_are_of
     shake(policy)
     rollout = policy.sample(prompts=prompts_of(0), group=3, seeds=SEEDS)
     assert rollout.log_probs.isnan().all()
-    stock = policy.generate(prompts=[p for p in prompts_of(0) for _ in range(3)], seeds=[s for row in SEEDS for s in row])
+    stock = policy.generate(prompts=[p for p in prompts_of(0) for _ in range(3)],
+                            seeds=[s for row in SEEDS for s in row])
     assert np.abs(pixels(sum(policy.decode(rollout), [])) - pixels(stock)).max() <= 1
     rows = all_rows(rollout, [1, 2])
     log_prob, v, level = policy.log_prob(rollout=rollout, rows=rows)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 MOST_RELATIONS = 12  # of one prompt: what the writers can write
+PER_PROMPT = (0, 0, 503, 3348, 10572, 15572, 19054, 13829, 11056, 3430, 1428, 357)  # figure "relations per prompt"
 
 
 def setting(default: Any, help: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None,
@@ -40,9 +41,7 @@ class DataConfig:
     generator: str = setting("tiny-painter", "who draws both images", choices=("tiny-painter",))
     verifier: str = setting("tiny-oracle", "who judges each image under its own prompt", choices=("tiny-oracle",))
     pairs: int = setting(80_000, "candidate pairs to write; verification keeps most of them", ge=1)
-    relations: tuple[float, ...] = setting(  # figure "relations per prompt"
-        (0, 0, 503, 3348, 10572, 15572, 19054, 13829, 11056, 3430, 1428, 357),
-        "relative frequency of prompts with 1, 2, 3 ... relations", ge=0)
+    relations: tuple[float, ...] = setting(PER_PROMPT, "relative frequency of prompts with 1, 2, 3 ... relations", ge=0)
     one_perturbation: float = setting(0.49, "share of pairs with one edit; the others have two or three", ge=0, le=1)
     wrong_layout: float = setting(0.1, "share of images painted with a wrong layout (tiny painter only)", ge=0, le=1)
     validation: float = setting(0.02, "share of pairs in the validation split", ge=0, le=0.5)  # [ours]
@@ -115,6 +114,7 @@ class RLConfig:
     same_start: bool = setting(False, "the images of a prompt start from the same noise")  # DanceGRPO: True
     train_from: int = setting(0, "first denoising step that is trained on", ge=0)  # [Flow-GRPO]
     train_steps: int = setting(5, "steps trained on; the others draw no noise", ge=1)  # [Flow-GRPO]: not the last
+    step_weights: tuple[float, ...] = setting((1.0,), "loss weights of the trained steps; the last for the rest", gt=0)
     clip: float = setting(1e-4, "clip range of the ratio", gt=0)
     kl: float = setting(0.01, "weight of the KL to the base model", ge=0)
     lr: float = setting(3e-4, "learning rate of the adapter", gt=0)
@@ -130,8 +130,8 @@ class RLConfig:
     gallery_every: int = setting(10, "RL steps between two galleries of the same prompts and seeds", ge=1)  # [ours]
     gallery_prompts: int = setting(8, "prompts of a gallery", ge=1)  # [ours]
     gate_tolerance: float = setting(1e-4, "largest |log ratio| of the first rollout, replayed", gt=0)  # [ours]
-    relations: tuple[float, ...] = setting((0, 0, 503, 3348, 10572, 15572, 19054, 13829, 11056, 3430, 1428, 357),
-                                           "relative frequency of training prompts with 1, 2, 3 ... relations", ge=0)
+    relations: tuple[float, ...] = setting(
+        PER_PROMPT, "relative frequency of training prompts with 1, 2, 3 ... relations", ge=0)
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,10 @@ class BenchConfig:
 
     in_domain_prompts: int = setting(200, "held-out prompts with in_domain_relations", ge=2)  # [ours]
     hard_prompts: int = setting(200, "held-out prompts with hard_relations", ge=2)  # [ours]
-    in_domain_relations: tuple[int, ...] = setting((3, 4, 5, 6), "relations of its prompts, in turn",  # [ours]
-                                                   ge=1, le=MOST_RELATIONS)
-    hard_relations: tuple[int, ...] = setting((7, 8, 9, 10), "relations of its prompts, in turn",  # [ours]
-                                              ge=1, le=MOST_RELATIONS)
+    in_domain_relations: tuple[int, ...] = setting(  # [ours]
+        (3, 4, 5, 6), "relations of its prompts, in turn", ge=1, le=MOST_RELATIONS)
+    hard_relations: tuple[int, ...] = setting(  # [ours]
+        (7, 8, 9, 10), "relations of its prompts, in turn", ge=1, le=MOST_RELATIONS)
     images_per_prompt: int = setting(1, "images per prompt and model, each from a seed of its own", ge=1)  # [ours]
     bootstrap: int = setting(10_000, "resamples of the paired bootstrap", ge=100)  # [ours]
 
@@ -352,8 +352,8 @@ def _check_together(config: Config, where: str) -> None:
         raise ConfigError(f"{where}: rl.train_from = {rl.train_from} with rl.train_steps = {rl.train_steps}: expected "
                           f"their sum to be at most rl.rollout_steps = {rl.rollout_steps}")
     if rl.kernel == "cps" and rl.train_from + rl.train_steps == rl.rollout_steps:
-        raise ConfigError(f"{where}: rl.train_from + rl.train_steps = {rl.rollout_steps} with rl.kernel = \"cps\", "
-                          "which draws no noise at the last step: expected a sum below rl.rollout_steps")
+        raise ConfigError(f"{where}: rl.train_from + rl.train_steps = {rl.rollout_steps}: expected less with "
+                          "rl.kernel = \"cps\", which draws no noise at the last step")
     if rl.kernel == "cps" and rl.noise > 1:
         raise ConfigError(f"{where}: rl.noise = {rl.noise} with rl.kernel = \"cps\": expected at most 1")
     if rl.kernel == "ode" and rl.same_start:
