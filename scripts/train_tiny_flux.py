@@ -322,6 +322,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     args = parser.parse_args()
+    if args.keep and not args.start:
+        parser.error("--keep takes its share from --start, which is missing")
     use_machine(device=args.device, threads=args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     (train_vae if args.part == "vae" else train_flow)(args)

@@ -114,7 +114,6 @@ class RLConfig:
     same_start: bool = setting(False, "the images of a prompt start from the same noise")  # DanceGRPO: True
     train_from: int = setting(0, "first denoising step that is trained on", ge=0)  # [Flow-GRPO]
     train_steps: int = setting(5, "steps trained on; the others draw no noise", ge=1)  # [Flow-GRPO]: not the last
-    step_weights: tuple[float, ...] = setting((1.0,), "loss weights of the trained steps; the last for the rest", gt=0)
     clip: float = setting(1e-4, "clip range of the ratio", gt=0)
     kl: float = setting(0.01, "weight of the KL to the base model", ge=0)
     lr: float = setting(3e-4, "learning rate of the adapter", gt=0)
@@ -352,8 +351,9 @@ def _check_together(config: Config, where: str) -> None:
         raise ConfigError(f"{where}: rl.train_from = {rl.train_from} with rl.train_steps = {rl.train_steps}: expected "
                           f"their sum to be at most rl.rollout_steps = {rl.rollout_steps}")
     if rl.kernel == "cps" and rl.train_from + rl.train_steps == rl.rollout_steps:
-        raise ConfigError(f"{where}: rl.train_from + rl.train_steps = {rl.rollout_steps}: expected less with "
-                          "rl.kernel = \"cps\", which draws no noise at the last step")
+        raise ConfigError(f"{where}: rl.train_steps = {rl.train_steps} from rl.train_from = {rl.train_from} with "
+                          f"rl.kernel = \"cps\", which draws no noise at the last step: expected their sum to be below "
+                          f"rl.rollout_steps = {rl.rollout_steps}")
     if rl.kernel == "cps" and rl.noise > 1:
         raise ConfigError(f"{where}: rl.noise = {rl.noise} with rl.kernel = \"cps\": expected at most 1")
     if rl.kernel == "ode" and rl.same_start:

@@ -162,7 +162,7 @@ class FluxPolicy:
         """Log-probs with the current adapter, through the forward pass that drew: of single denoising steps, replayed.
 
         With kernel "ode", whose steps have no density: of the pictures, noised to the levels of those steps, with D
-        noises each (``config.draws``). The noises are a function of prompt and step alone. So they are the same for all
+        noises each (``config.draws``). The noises are a function of run, prompt and step alone, hence the same for all
         images of a prompt, and what an advantage multiplies is how those differ.
 
         Args:

@@ -135,7 +135,7 @@ def accumulate_gradients(policy: Policy, rollout: Rollout, advantages: Tensor, c
         policy: its parameters' ``grad`` is replaced.
         rollout: the kept images, latents [P, K, T+1, S, C].
         advantages: [P, K], NaN where not trained on.
-        config: trained steps and their weights, clip range, KL weight, micro-batch.
+        config: trained steps, clip range, KL weight, micro-batch.
 
     Returns:
         ratio_mean, max_log_ratio and clip_share (NaN with kernel "ode", which draws without log-probs), kl (NaN where
@@ -145,7 +145,6 @@ def accumulate_gradients(policy: Policy, rollout: Rollout, advantages: Tensor, c
         parameter.grad = None
     rows = transitions(advantages.isfinite(), trained_steps(config))  # [N, 3]
     advantages = advantages.to(rollout.latents)
-    weights = torch.tensor(config.step_weights, device=advantages.device)
     parts: dict[str, list[Tensor]] = {"ratio": [], "log_ratio": [], "clipped": [], "kl": [], "loss": []}  # each of [B]
     for batch in rows.split(config.micro_batch) if len(rows) else ():
         p, k, t = batch.unbind(1)
@@ -158,7 +157,6 @@ def accumulate_gradients(policy: Policy, rollout: Rollout, advantages: Tensor, c
             kl = kl_loss(mean=mean, reference=reference, level=level)  # [B]
             loss = loss + config.kl * kl
             values["kl"] = kl.detach()
-        loss = loss * weights[(t - config.train_from).clamp(max=len(weights) - 1)]
         (loss.sum() / len(rows)).backward()
         values["loss"] = loss.detach()
         for name, value in values.items():
