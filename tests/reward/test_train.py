@@ -18,6 +18,7 @@ from spatialt2i.reward import train as training
 from spatialt2i.reward.checkpoint import CheckpointMismatch
 from spatialt2i.reward.distort import distort
 from spatialt2i.reward.pixels import decode
+from spatialt2i.reward.rename import rename
 from spatialt2i.reward.scorer import SpatialScore
 from spatialt2i.reward.train import TrainingDiverged, batch_of, dropout_mask, train
 
@@ -204,40 +205,62 @@ def test_unusable_pairs_are_named(make_model, pairs, tmp_path):
 
 def test_batches_are_shuffled_epochs_whatever_the_batch(make_model):
     config = make_model().config
-    stream = np.concatenate([batch_of(step, 6, config=config, seed=3)[0] for step in range(6)])
-    assert all(sorted(stream[i:i + 6]) == list(range(6)) for i in range(0, 24, 6))
+    stream = np.concatenate([batch_of(step, 6, config=config, seed=3) for step in range(6)])
+    assert all(sorted(stream["row"][i:i + 6]) == list(range(6)) for i in range(0, 24, 6))
     other = dataclasses.replace(config, batch=8)
-    larger = np.concatenate([batch_of(step, 6, config=other, seed=3)[0] for step in range(2)])
+    larger = np.concatenate([batch_of(step, 6, config=other, seed=3) for step in range(2)])
     np.testing.assert_array_equal(stream[:16], larger)
-    assert not batch_of(0, 6, config=config, seed=3)[1].any()
-    assert batch_of(0, 6, config=dataclasses.replace(config, swap=1.0), seed=3)[1].all()
-    assert (batch_of(0, 6, config=config, seed=3)[2] == -1).all()
-    some = dataclasses.replace(config, distorted=0.5, batch=400)
-    rows, _, seeds = batch_of(0, 6, config=some, seed=3)
-    np.testing.assert_array_equal(rows[:24], stream)
-    assert 120 < (seeds >= 0).sum() < 280 and len(set(seeds[seeds >= 0])) == (seeds >= 0).sum()
+    assert not stream["swap"].any() and (stream["reject"] == "").all()
+    assert batch_of(0, 6, config=dataclasses.replace(config, swap=1.0), seed=3)["swap"].all()
+    some = batch_of(0, 6, config=dataclasses.replace(config, distorted=0.5, renamed=0.25, batch=400), seed=3)
+    np.testing.assert_array_equal(some["row"][:24], stream["row"])
+    assert 120 < (some["reject"] == "distorted").sum() < 280 and 50 < (some["reject"] == "renamed").sum() < 150
+    assert len(set(some["seed"])) == 400
+
+
+def inputs(model, pairs, *batch):
+    """What `_inputs` makes of rows (row, swap, reject, seed)."""
+    names = ["red circle", "blue square"]
+    kind = batch_of(0, 1, config=model.config, seed=0).dtype
+    return training._inputs(model, pairs, training._texts(model, pairs), names, np.array(list(batch), dtype=kind))
 
 
 def test_swapped_pairs_are_seen_from_the_perturbed_prompt(make_model, pairs):
     model = make_model()
-    texts = training._texts(model, pairs)
-    whole = np.array([-1, -1])
-    ours = training._inputs(model, pairs, texts, np.array([2, 5]), np.array([True, False]), whole)
-    swapped = [pairs[2].swap(), pairs[5]]
-    expected = training._inputs(model, swapped, training._texts(model, swapped), np.array([0, 1]),
-                                np.array([False, False]), whole)
+    ours = inputs(model, pairs, (2, True, "", 0), (5, False, "", 0))
+    expected = inputs(model, [pairs[2].swap(), pairs[5]], (0, False, "", 0), (1, False, "", 0))
     assert torch.equal(ours.input_ids, expected.input_ids) and torch.equal(ours.patches, expected.patches)
 
 
 @pytest.mark.parametrize("swap", [False, True])
 def test_a_distorted_pair_is_the_chosen_image_and_a_broken_copy_of_it(make_model, pairs, swap):
     model = make_model()
-    found = training._inputs(model, pairs, training._texts(model, pairs), np.array([3]), np.array([swap]),
-                             np.array([77]))
+    found = inputs(model, pairs, (3, swap, "distorted", 77))
     chosen = decode(pairs[3].rejected if swap else pairs[3].chosen, "image")
     broken = distort(chosen, np.random.default_rng(77))
     assert (broken != chosen).any()
     expected = model.collate([chosen, broken], [training._texts(model, pairs)[3][swap]] * 2)
+    assert torch.equal(found.patches, expected.patches) and torch.equal(found.input_ids, expected.input_ids)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_renamed_pair_is_the_chosen_image_under_its_prompt_and_under_another(make_model, pairs, swap):
+    model = make_model()
+    prompt, image = ((pairs[3].pair.perfect, pairs[3].chosen), (pairs[3].pair.perturbed, pairs[3].rejected))[swap]
+    names = [name for name in ("red circle", "blue square") if name not in prompt.objects]
+    found = inputs(model, pairs, (3, swap, "renamed", 77))
+    other = rename(prompt, names, np.random.default_rng(77))
+    assert other != prompt.text and any(name in other for name in names)
+    expected = model.collate([decode(image, "image")] * 2, model.tokenize([prompt.text, other]))
+    assert torch.equal(found.patches, expected.patches) and torch.equal(found.input_ids, expected.input_ids)
+
+
+def test_where_no_object_can_be_renamed_the_other_image_is_rejected(make_model, pairs):
+    model = make_model()
+    known = sorted(pairs[3].prompt.objects)
+    kind = batch_of(0, 1, config=model.config, seed=0).dtype
+    found, expected = (training._inputs(model, pairs, training._texts(model, pairs), known,
+                                        np.array([(3, False, reject, 77)], dtype=kind)) for reject in ("renamed", ""))
     assert torch.equal(found.patches, expected.patches) and torch.equal(found.input_ids, expected.input_ids)
 
 

@@ -74,6 +74,7 @@ class RewardConfig:
     micro_batch: int = setting(4, "pairs per forward", ge=1)
     swap: float = setting(0.0, "share of pairs that an epoch shows from the perturbed prompt", ge=0, le=1)
     distorted: float = setting(0.0, "share of rejected images that are the chosen one, broken", ge=0, le=1)  # [ours]
+    renamed: float = setting(0.0, "share of pairs that reject a prompt with an object renamed", ge=0, le=1)  # [ours]
     steps: int = setting(2500, "updates; 80,000 pairs / 32 = 2,500 are one epoch", ge=1)  # [ours]
     lr: float = setting(2e-6, "learning rate of adapters, merger and vision tower", gt=0)
     lr_head: float = setting(2e-6, "learning rate of the head", gt=0)  # [HPSv3]
@@ -343,30 +344,29 @@ def _scalar(value: Any, kind: type, field_: dataclasses.Field, error: ConfigErro
 
 def _check_together(config: Config, where: str) -> None:
     """Ranges that span two settings."""
-    rl, data = config.rl, config.data
-    if 2 * rl.top_k > rl.group:
-        raise ConfigError(f"{where}: rl.top_k = {rl.top_k}: expected at most half of rl.group = {rl.group}, "
-                          "because the k best and the k worst must be different images")
-    if rl.train_from + rl.train_steps > rl.rollout_steps:
-        raise ConfigError(f"{where}: rl.train_from = {rl.train_from} with rl.train_steps = {rl.train_steps}: expected "
-                          f"their sum to be at most rl.rollout_steps = {rl.rollout_steps}")
-    if rl.kernel == "cps" and rl.train_from + rl.train_steps == rl.rollout_steps:
-        raise ConfigError(f"{where}: rl.train_steps = {rl.train_steps} from rl.train_from = {rl.train_from} with "
-                          f"rl.kernel = \"cps\", which draws no noise at the last step: expected their sum to be below "
-                          f"rl.rollout_steps = {rl.rollout_steps}")
-    if rl.kernel == "cps" and rl.noise > 1:
-        raise ConfigError(f"{where}: rl.noise = {rl.noise} with rl.kernel = \"cps\": expected at most 1")
-    if rl.kernel == "ode" and rl.same_start:
-        raise ConfigError(f"{where}: rl.same_start = true with rl.kernel = \"ode\": all images would be the same")
-    if data.validation + data.test >= 1:
-        raise ConfigError(f"{where}: data.validation = {data.validation} with data.test = {data.test}: expected their "
-                          "sum to be below 1, or nothing is left to train on")
+    rl, data, reward = config.rl, config.data, config.reward
+    trained = f"rl.train_from = {rl.train_from} with rl.train_steps = {rl.train_steps}"
+    rules = [
+        (2 * rl.top_k <= rl.group, f"rl.top_k = {rl.top_k}: expected at most half of rl.group = {rl.group}, because "
+         "the k best and the k worst must be different images"),
+        (rl.train_from + rl.train_steps <= rl.rollout_steps, f"{trained}: expected their sum to be at most "
+         f"rl.rollout_steps = {rl.rollout_steps}"),
+        (rl.kernel != "cps" or rl.train_from + rl.train_steps < rl.rollout_steps, f"{trained} and rl.kernel = \"cps\" "
+         f"(no noise at the last step): expected their sum to be below rl.rollout_steps = {rl.rollout_steps}"),
+        (rl.kernel != "cps" or rl.noise <= 1, f"rl.noise = {rl.noise} with rl.kernel = \"cps\": expected at most 1"),
+        (rl.kernel != "ode" or not rl.same_start,
+         "rl.same_start = true with rl.kernel = \"ode\": all images would be the same"),
+        (reward.distorted + reward.renamed <= 1, f"reward.distorted = {reward.distorted} with reward.renamed = "
+         f"{reward.renamed}: expected their sum to be at most 1"),
+        (data.validation + data.test < 1, f"data.validation = {data.validation} with data.test = {data.test}: expected "
+         "their sum to be below 1, or nothing is left to train on")]
     for key, weights in (("data.relations", data.relations), ("rl.relations", rl.relations)):
-        if sum(weights) <= 0:
-            raise ConfigError(f"{where}: {key} = {_toml(weights)}: expected at least one number above 0")
-        if len(weights) > MOST_RELATIONS:
-            raise ConfigError(f"{where}: {key} = {_toml(weights)}: expected at most {MOST_RELATIONS} numbers, because "
-                              f"a prompt has 1 to {MOST_RELATIONS} relations")
+        rules += [(sum(weights) > 0, f"{key} = {_toml(weights)}: expected at least one number above 0"),
+                  (len(weights) <= MOST_RELATIONS, f"{key} = {_toml(weights)}: expected at most {MOST_RELATIONS} "
+                   f"numbers, because a prompt has 1 to {MOST_RELATIONS} relations")]
+    for holds, problem in rules:
+        if not holds:
+            raise ConfigError(f"{where}: {problem}")
 
 
 def _expected(kind: Any, field_: dataclasses.Field) -> str:

@@ -10,14 +10,15 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-KINDS = {"copied": 0.4, "warped": 0.12, "stretched": 0.12, "smeared": 0.12, "erased": 0.12, "mixed": 0.12}  # how often
+KINDS = {"copied": 0.25, "repeated": 0.15, "warped": 0.12, "stretched": 0.12, "smeared": 0.12, "erased": 0.12,
+         "mixed": 0.12}  # how often
 RADIUS = (0.1, 0.2)  # of what is broken, in shorter sides of the image
 _VISIBLE = 30.0  # difference from the background, of 3 x 255
 _COARSE = 64  # where something is to be seen is looked for at this size
 
 
 def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The image with a disc around something that stands out broken in one of six ways, most often seen twice.
+    """The image with a disc around something that stands out broken in one of seven ways, most often seen twice.
 
     Args:
         image: uint8 [H, W, 3].
@@ -32,7 +33,11 @@ def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     kind = rng.choice(list(KINDS), p=list(KINDS.values()))
     angle = rng.uniform(0, 2 * np.pi)
     along = np.array([np.sin(angle), np.cos(angle)])
-    broken = _break(pixels, centre, r, along, kind, rng)
+    if kind == "repeated":
+        there = rng.uniform(r, np.array(pixels.shape[:2]) - r)
+        broken, centre = _copy(pixels, there - centre, 0.0), there
+    else:
+        broken = _break(pixels, centre, r, along, kind, rng)
     reach = (2 if kind in ("copied", "stretched") else 1.2) * r  # these grow out of the disc
     rows, columns = np.mgrid[:pixels.shape[0], :pixels.shape[1]]
     distance = np.hypot(rows - centre[0], columns - centre[1])
@@ -59,19 +64,25 @@ def _break(pixels: np.ndarray, centre: np.ndarray, r: float, along: np.ndarray, 
         return np.broadcast_to(np.median(pixels, axis=(0, 1)), pixels.shape)
     if kind == "mixed":  # what is elsewhere in the image shines through
         return 0.5 * pixels + 0.5 * np.roll(pixels, rng.integers(0, pixels.shape[:2]), (0, 1))
+    if kind == "copied":  # beside it or grown together with it
+        return _copy(pixels, rng.uniform(0.4, 1.4) * r * along, rng.uniform(0, 0.12) * r)
     at = np.mgrid[:pixels.shape[0], :pixels.shape[1]].astype(np.float32)
-    offset = at - centre[:, None, None]
-    if kind == "copied":  # what stands out in the disc is there once more, beside it or grown together with it
-        at -= rng.uniform(0.4, 1.4) * r * along[:, None, None]
-    elif kind == "warped":
+    if kind == "warped":
         push = ndimage.gaussian_filter(rng.normal(size=at.shape), (0, 0.35 * r, 0.35 * r))
         at += rng.uniform(0.25, 0.5) * r * push / push.std()
     else:  # stretched
-        at -= (1 - 1 / rng.uniform(1.4, 2)) * np.einsum("i,j,jhw->ihw", along, along, offset)
-    moved = np.stack([ndimage.map_coordinates(pixels[..., c], at, order=1, mode="nearest") for c in range(3)], axis=-1)
-    if kind == "copied":
-        background = np.median(pixels, axis=(0, 1))
-        both = np.where(np.abs(moved - background).sum(-1, keepdims=True) > _VISIBLE, moved, pixels)
-        seam = rng.uniform(0, 0.12) * r  # blurred, because generators leave none
-        return ndimage.gaussian_filter(both, (seam, seam, 0))
-    return moved
+        at -= (1 - 1 / rng.uniform(1.4, 2)) * np.einsum("i,j,jhw->ihw", along, along, at - centre[:, None, None])
+    return _sampled(pixels, at)
+
+
+def _copy(pixels: np.ndarray, offset: np.ndarray, seam: float) -> np.ndarray:
+    """What stands out in the image is there once more, ``offset`` (rows, columns) pixels away; seams are blurred."""
+    at = np.mgrid[:pixels.shape[0], :pixels.shape[1]].astype(np.float32) - offset[:, None, None]
+    moved = _sampled(pixels, at)
+    visible = np.abs(moved - np.median(pixels, axis=(0, 1))).sum(-1, keepdims=True) > _VISIBLE
+    return ndimage.gaussian_filter(np.where(visible, moved, pixels), (seam, seam, 0))
+
+
+def _sampled(pixels: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Pixels at fractional places ``at`` [2, H, W]."""
+    return np.stack([ndimage.map_coordinates(pixels[..., c], at, order=1, mode="nearest") for c in range(3)], axis=-1)

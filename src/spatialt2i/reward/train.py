@@ -20,6 +20,7 @@ from spatialt2i.reward.evaluate import pairwise_accuracy
 from spatialt2i.reward.losses import Metrics, bradley_terry, gaussian_bradley_terry, sampled_bradley_terry
 from spatialt2i.reward.model import Inputs, SpatialScoreModel
 from spatialt2i.reward.pixels import decode
+from spatialt2i.reward.rename import rename
 from spatialt2i.reward.scorer import SpatialScore, load_trained
 
 STAGE = "reward"
@@ -59,6 +60,7 @@ def train(*, model: SpatialScoreModel, train_pairs: Sequence[Preference], valida
                          "build more pairs (data.pairs, data.validation)")
     folder, device = run.stage(STAGE), model.device
     texts = _texts(model, train_pairs)
+    names = sorted({name for pair in train_pairs for name in pair.pair.perfect.objects})
     optimizer = make_optimizer(model, config)
     identity = checkpoint.identity(config, seed, [p.prompt.id for p in train_pairs], model.fingerprint)
     start, best = checkpoint.resume(folder, model=model, optimizer=optimizer, identity=identity)
@@ -74,10 +76,10 @@ def train(*, model: SpatialScoreModel, train_pairs: Sequence[Preference], valida
             total: dict[str, float] = {}
             for at in range(0, config.batch, config.micro_batch):
                 part = slice(at, at + config.micro_batch)
-                inputs = _inputs(model, train_pairs, texts, *(a[part] for a in batch))  # 2b images, chosen ones first
+                inputs = _inputs(model, train_pairs, texts, names, batch[part])         # 2b images, chosen ones first
                 mu, log_sigma = model(inputs.to(device), keep[:, part].flatten(0, 1))   # [2b], [2b]
                 loss, metrics = pair_loss(mu, log_sigma, step=step, config=config, seed=seed)
-                share = len(batch[0][part]) / config.batch
+                share = len(batch[part]) / config.batch
                 (loss * share).backward()
                 for name, value in {"loss": loss.detach(), **metrics}.items():
                     total[name] = total.get(name, 0.0) + share * value.item()
@@ -140,23 +142,23 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, config: RewardConfig)
         group["lr"] = group["base_lr"] * factor
 
 
-def batch_of(step: int, n: int, *, config: RewardConfig, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def batch_of(step: int, n: int, *, config: RewardConfig, seed: int) -> np.ndarray:
     """Which pairs an update sees: the next ones of an endless row of reshuffled epochs.
 
     Returns:
-        int [batch], positions among the n pairs; bool [batch], which of them are seen from the perturbed prompt; and
-        int [batch], the seed of a distortion of the chosen image that stands in for the rejected one, or -1.
+        A record array [batch]: ``row``, position among the n pairs; ``swap``, whether it is seen from the perturbed
+        prompt; ``reject``, what stands in for the rejected side: "", "distorted" or "renamed"; ``seed`` of that.
     """
+    batch = np.empty(config.batch, dtype=[("row", int), ("swap", bool), ("reject", "U9"), ("seed", int)])
     at = np.arange(step * config.batch, (step + 1) * config.batch)
-    rows, swapped = np.empty(config.batch, dtype=np.int64), np.empty(config.batch, dtype=bool)
-    distorted = np.empty(config.batch, dtype=np.int64)
     for epoch in np.unique(at // n).tolist():
         rng = np.random.default_rng(seed_of(seed, STAGE, "order", epoch))
-        order, swap = rng.permutation(n), rng.random(n) < config.swap
-        seeds = np.where(rng.random(n) < config.distorted, rng.integers(2**62, size=n), -1)
-        here = at // n == epoch
-        rows[here], swapped[here], distorted[here] = order[at[here] % n], swap[at[here] % n], seeds[at[here] % n]
-    return rows, swapped, distorted
+        here, now = at // n == epoch, at[at // n == epoch] % n
+        batch["row"][here], batch["swap"][here] = rng.permutation(n)[now], (rng.random(n) < config.swap)[now]
+        share, batch["seed"][here] = rng.random(n)[now], rng.integers(2**62, size=n)[now]
+        batch["reject"][here] = np.select([share < config.distorted, share < config.distorted + config.renamed],
+                                          ["distorted", "renamed"], "")
+    return batch
 
 
 def dropout_mask(step: int, *, config: RewardConfig, seed: int) -> Tensor:
@@ -172,18 +174,25 @@ def _texts(model: SpatialScoreModel, pairs: Sequence[Preference]) -> list[list[l
     return [ids[i:i + 2] for i in range(0, len(ids), 2)]
 
 
-def _inputs(model: SpatialScoreModel, pairs: Sequence[Preference], texts: Sequence[list[list[int]]], rows: np.ndarray,
-            swapped: np.ndarray, distorted: np.ndarray) -> Inputs:
+def _inputs(model: SpatialScoreModel, pairs: Sequence[Preference], texts: Sequence[list[list[int]]],
+            names: Sequence[str], batch: np.ndarray) -> Inputs:
     """The images of some pairs, chosen ones first, each under the prompt that it is judged under."""
-    chosen, rejected, prompts = [], [], []
-    for i, swap, broken in zip(rows.tolist(), swapped.tolist(), distorted.tolist(), strict=True):
-        name = f"pair {pairs[i].prompt.id}"
-        sides = (pairs[i].chosen, f"{name}, chosen"), (pairs[i].rejected, f"{name}, rejected")
-        image = decode(*sides[swap])  # each image satisfies its own prompt, so from the other one they change places
-        chosen.append(image)
-        rejected.append(decode(*sides[1 - swap]) if broken < 0 else distort(image, np.random.default_rng(broken)))
-        prompts.append(texts[i][swap])
-    return model.collate([*chosen, *rejected], prompts * 2)
+    chosen: list[tuple[np.ndarray, list[int]]] = []
+    rejected: list[tuple[np.ndarray, list[int]]] = []
+    for i, swap, reject, seed in batch.tolist():
+        pair, rng = pairs[i], np.random.default_rng(seed)
+        name = f"pair {pair.prompt.id}"
+        sides = (pair.chosen, f"{name}, chosen"), (pair.rejected, f"{name}, rejected")
+        image, text = decode(*sides[swap]), texts[i][swap]  # each image satisfies its own prompt: they change places
+        chosen.append((image, text))
+        if reject == "distorted":
+            rejected.append((distort(image, rng), text))
+        elif reject == "renamed" and (other := rename((pair.pair.perfect, pair.pair.perturbed)[swap], names, rng)):
+            rejected.append((image, *model.tokenize([other], [f"{name}, with an object renamed"])))
+        else:
+            rejected.append((decode(*sides[1 - swap]), text))
+    images, prompts = zip(*chosen, *rejected, strict=True)
+    return model.collate(images, prompts)
 
 
 def _evaluate(model: SpatialScoreModel, pairs: Sequence[Preference], step: int, best: dict[str, Any],
