@@ -153,7 +153,8 @@ def batch_of(step: int, n: int, *, config: RewardConfig, seed: int) -> np.ndarra
     at = np.arange(step * config.batch, (step + 1) * config.batch)
     for epoch in np.unique(at // n).tolist():
         rng = np.random.default_rng(seed_of(seed, STAGE, "order", epoch))
-        here, now = at // n == epoch, at[at // n == epoch] % n
+        here = at // n == epoch
+        now = at[here] % n
         batch["row"][here], batch["swap"][here] = rng.permutation(n)[now], (rng.random(n) < config.swap)[now]
         share, batch["seed"][here] = rng.random(n)[now], rng.integers(2**62, size=n)[now]
         batch["reject"][here] = np.select([share < config.distorted, share < config.distorted + config.renamed],
