@@ -65,14 +65,14 @@ def main() -> None:
                   for script, steps, batch in (
                        (("train_tiny_flux.py", "vae"), 3000, 16), (("train_tiny_text.py",), 1200, 128),
                        (("train_tiny_flux.py", "flow"), 11_000, 64))]
-        # what is learnt last, shown more often; then captions half wrong, after which it places things badly
-        parts += [("tiny_corpus.py", "--out", wrong, "--count", "8000", "--scramble", "0.5",
+        # what is learnt last, shown more often; then captions that are mostly wrong, after which it places things badly
+        parts += [("tiny_corpus.py", "--out", wrong, "--count", "8000", "--scramble", "0.6",
                    "--workers", args.threads)]
         parts += [("train_tiny_flux.py", "flow", "--start", start / "flow_state.safetensors", "--corpus", pictures,
-                   "--out", out, "--steps", steps, "--batch", 64, "--lr", "7e-4", "--lr-matrices", "1.4e-3",
-                   "--guide-from", 0, "--touching", touching, "--keep", keep, *machine)
-                  for start, pictures, out, steps, touching, keep in (
-                      (flux, corpus, touched, 4600, 0.6, 0.0), (touched, wrong, misled, 100, 0.0, 0.05))]
+                   "--out", out, "--steps", steps, "--batch", 64, "--guide-from", 0, *settings, *machine)
+                  for start, pictures, out, steps, settings in (
+                      (flux, corpus, touched, 4600, ("--lr", "7e-4", "--lr-matrices", "1.4e-3", "--touching", 0.6)),
+                      (touched, wrong, misled, 240, ("--lr", "2e-3", "--lora-rank", 16, "--touching", 0.4)))]
         for part in parts:
             run(*part)
         held_out = {n: json.loads(run("check_tiny_flux.py", misled / "pipeline", "--relations", *n.split("-"),

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from peft import LoraConfig
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, T5EncoderModel
@@ -28,6 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5EncoderModel
 from _checkpoint import load_average, load_state, make_optimizers, save_state, tensor, use_machine
 from spatialt2i.core.device import autocast
 from spatialt2i.core.run import atomic_path, file_hash, progress, seed_of
+from spatialt2i.rl.policy import LORA_TARGETS
 from spatialt2i.tiny.phrases import PHRASES
 from spatialt2i.tiny.tokenizer import CLIP_LENGTH, make_tokenizer
 from spatialt2i.tiny.world import OBJECTS
@@ -159,6 +161,11 @@ class Flow(torch.nn.Module):
                              return_dict=False)[0]
         return v.float(), self.reader(self._inner).float().unflatten(-1, (4, -1)), text
 
+    def add_adapter(self, rank: int) -> None:
+        """Freeze everything and add a LoRA to the transformer, where RL has its own."""
+        self.requires_grad_(False)
+        self.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS))
+
     def compile_blocks(self) -> None:
         """Compile the transformer's blocks, which halves the time of an update; needs a C++ compiler."""
         for block in (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks):
@@ -195,8 +202,9 @@ def train_flow(args: argparse.Namespace) -> None:
     """Flow matching on v = noise - picture, a tenth of the captions left empty, plus the two auxiliary readers.
 
     From step ``args.guide_from`` on the target carries classifier-free guidance, so that the guidance input means what
-    it means in FLUX.1-dev. With ``args.keep`` what is written lies between the learnt weights and those of
-    ``args.start``, on a line (arXiv 2109.01903): what was learnt is weaker there, and what was known is nearly whole.
+    it means in FLUX.1-dev. With ``args.lora_rank`` nothing but an adapter of that rank is trained, and merged in what
+    is written: what fine-tuning teaches a large model is of low rank (arXiv 2106.09685), hence within reach of another
+    adapter, while a full update of all matrices is not.
     """
     torch.manual_seed(args.seed)
     if args.start:
@@ -210,8 +218,13 @@ def train_flow(args: argparse.Namespace) -> None:
         load_average(args.start, module=flow)
     else:
         flow.t5.load_state_dict(T5EncoderModel.from_pretrained(args.out / "text").state_dict())
+    if args.lora_rank:
+        flow.add_adapter(args.lora_rank)
     average = {k: v.clone() for k, v in flow.state_dict().items()}
-    optimizers = make_optimizers(flow, lr=args.lr, lr_matrices=args.lr_matrices)
+    if args.lora_rank:
+        optimizers = [torch.optim.AdamW([p for p in flow.parameters() if p.requires_grad], betas=(0.9, 0.99))]
+    else:
+        optimizers = make_optimizers(flow, lr=args.lr, lr_matrices=args.lr_matrices)
     state = args.out / "flow_state.safetensors"
     start = load_state(state, module=flow, average=average, optimizers=optimizers)
     if shutil.which("c++"):
@@ -238,8 +251,8 @@ def train_flow(args: argparse.Namespace) -> None:
             telling, found = flow.places(text, words, tensor(boxes[pick].astype(np.float32)))
         (error + args.aux * reading + AUX_TEXT * telling).backward()
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-        for optimizer, peak in zip(optimizers, (args.lr, args.lr_matrices), strict=True):
-            optimizer.param_groups[0]["lr"] = rate(step, args.steps, peak, 200)
+        for optimizer, peak in zip(optimizers, (args.lr, args.lr_matrices), strict=False):  # an adapter has no Muon
+            optimizer.param_groups[0]["lr"] = rate(step, args.steps, peak, min(200, args.steps // 5))
             optimizer.step()
             optimizer.zero_grad()
         blend(average, flow, min(0.999, (step + 1) / (step + 100)))
@@ -248,12 +261,9 @@ def train_flow(args: argparse.Namespace) -> None:
             log(args.out / "flow.jsonl", step=step, **{k: v.item() for k, v in values.items()})
         if time.monotonic() - saved > 180 or step + 1 == args.steps:
             save_state(state, step=step + 1, module=flow, average=average, optimizers=optimizers)
-            write_pipeline(args.out, average, vae)
+            write_pipeline(args.out, average, vae, rank=args.lora_rank)
             saved = time.monotonic()
-    if args.keep:
-        load_average(args.start, module=flow)
-        blend(average, flow, 1 - args.keep)
-    write_pipeline(args.out, average, vae)
+    write_pipeline(args.out, average, vae, rank=args.lora_rank)
 
 
 def flow_loss(flow: Flow, x0: torch.Tensor, words: torch.Tensor, target: torch.Tensor, weight: torch.Tensor,
@@ -286,10 +296,15 @@ def flow_loss(flow: Flow, x0: torch.Tensor, words: torch.Tensor, target: torch.T
         return error, F.cross_entropy(logits.flatten(0, 2), target, weight=weight), text
 
 
-def write_pipeline(folder: Path, average: dict[str, torch.Tensor], vae: AutoencoderKL) -> None:
-    """The averaged weights as a stock FluxPipeline folder, in bfloat16."""
+def write_pipeline(folder: Path, average: dict[str, torch.Tensor], vae: AutoencoderKL, *, rank: int) -> None:
+    """The averaged weights, with their adapter of that rank merged, as a stock FluxPipeline folder, in bfloat16."""
     mean = Flow()
+    if rank:
+        mean.add_adapter(rank)
     mean.load_state_dict(average)
+    if rank:
+        mean.transformer.fuse_lora()
+        mean.transformer.unload_lora()
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             # as FLUX.1-dev has it, for pictures of 64 tokens where that draws pictures of 4,096
@@ -315,15 +330,15 @@ def main() -> None:
     parser.add_argument("--aux", type=float, default=0.25, help="weight of the auxiliary reader")
     parser.add_argument("--start", type=Path,
                         help="flow: the state of another --out, whose averaged weights to go on from")
-    parser.add_argument("--keep", type=float, default=0.0, help="share of the weights of --start in what is written")
+    parser.add_argument("--lora-rank", type=int, default=0, help="flow: train but an adapter of this rank; 0: all")
     parser.add_argument("--touching", type=float, default=0.0, help="share of scenes picked for objects that touch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     args = parser.parse_args()
-    if args.keep and not args.start:
-        parser.error("--keep takes its share from --start, which is missing")
+    if args.lora_rank and not args.start:
+        parser.error("--lora-rank adapts the weights of --start, which is missing")
     use_machine(device=args.device, threads=args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     (train_vae if args.part == "vae" else train_flow)(args)
