@@ -57,7 +57,8 @@ def rl_step(policy, state, scorer, config, step):
     with timed(seconds, "score"):
         rewards = group_scores(scorer, rollout)
     kept = select_extremes(rewards, k=config.top_k)
-    advantages = normalize(rewards, kept, over=config.stats_over, clip=config.advantage_clip)
+    advantages = normalize(rewards, kept, over=config.stats_over, clip=config.advantage_clip,
+                           global_std=config.global_std)
     with timed(seconds, "update"):
         accumulate_gradients(policy, rollout.take(kept), advantages, config)
         apply_update(state, config)

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--relations", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--guidance", type=float, default=3.5)
     parser.add_argument("--cfg", type=float, default=1.0, help="true classifier-free guidance")
     parser.add_argument("--batch", type=int, default=50)

@@ -73,7 +73,8 @@ def main() -> None:
         for name, values in {"reward": facts["reward"], "oracle": facts["relations"]}.items():
             rewards = torch.as_tensor(values)
             kept = select_extremes(rewards, k=rl.top_k)
-            advantages = normalize(rewards, kept, over=rl.stats_over, clip=rl.advantage_clip)
+            advantages = normalize(rewards, kept, over=rl.stats_over, clip=rl.advantage_clip,
+                                   global_std=rl.global_std)
             accumulate_gradients(policy, rollout.take(kept), advantages, rl)
             gradients[name].append(torch.cat([p.grad.flatten() for p in policy.parameters().values()]))
     whole = {name: np.concatenate(values) for name, values in seen.items()}

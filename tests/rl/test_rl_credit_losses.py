@@ -58,6 +58,16 @@ def test_advantages_have_unit_rms_over_the_kept_and_are_clipped():
     assert normalize(r, kept, over="group", clip=1.1).abs().max() == 1.1
 
 
+def test_a_global_std_lets_a_group_weigh_by_its_spread():
+    r = rewards([0, 1], [10, 13], [5, 5], [NAN, NAN])
+    kept = select_extremes(r, k=1)
+    std = math.sqrt((0.25 + 2.25 + 0) / 3)  # of groups around their own means; [NAN, NAN] has none
+    expected = rewards([-0.5 / std, 0.5 / std], [-1.5 / std, 1.5 / std], [NAN, NAN], [NAN, NAN])
+    torch.testing.assert_close(normalize(r, kept, over="kept", clip=5, global_std=True), expected, atol=1e-3, rtol=0,
+                               equal_nan=True)
+    torch.testing.assert_close(normalize(r, kept, over="kept", clip=5)[:2], rewards([-1, 1], [-1, 1]), atol=1e-3, rtol=0)
+
+
 def test_groups_without_spread_and_padding_are_not_trained_on():
     r = rewards([2, 2, 2, 2], [NAN, 1, NAN, 3], [NAN] * 4, [0.1 + 0.2] * 4)
     for over in ("kept", "group"):

@@ -103,8 +103,8 @@ class RLConfig:
     prompts_per_step: int = setting(24, "prompts per RL step (P)", ge=1)  # [Flow-GRPO]: 48 per epoch, 2 updates
     group: int = setting(24, "images per prompt (G)", ge=2)
     top_k: int = setting(6, "keep the k best and the k worst of a group; 0 keeps all", ge=0)
-    stats_over: str = setting("kept", "mean and std of the rewards over the kept images or over the whole group",
-                              choices=("kept", "group"))
+    stats_over: str = setting("kept", "rewards' mean and std: over the kept or the group", choices=("kept", "group"))
+    global_std: bool = setting(False, "one std for all groups of a step, not each group's own")  # the paper: own
     advantage_clip: float = setting(5.0, "advantages are clamped to +- this", gt=0)  # [Flow-GRPO]
     rollout_steps: int = setting(6, "denoising steps while training (T)", ge=1)
     eval_steps: int = setting(28, "denoising steps, without noise, for evaluation", ge=1)  # [Flow-GRPO]

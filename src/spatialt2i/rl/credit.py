@@ -49,14 +49,17 @@ def select_extremes(rewards: Tensor, *, k: int) -> Tensor:
     return index.masked_fill(dropped, -1)
 
 
-def normalize(rewards: Tensor, kept: Tensor, *, over: str, clip: float) -> Tensor:
-    """Advantages of the kept images: (reward - mean) / (std + 1e-4), clamped.
+def normalize(rewards: Tensor, kept: Tensor, *, over: str, clip: float, global_std: bool = False) -> Tensor:
+    """Advantages of the kept images: (reward - mean) / (std + 1e-4), clamped. The mean is each group's own.
 
     Args:
         rewards: [P, G], NaN where not judged.
         kept: int64 [P, K] from `select_extremes`.
         over: "kept" takes mean and std over the kept images (the paper's figure), "group" over all judged ones.
         clip: advantages are clamped to +- this.
+        global_std: one std for all groups, the root of the mean of their variances: a group whose images hardly differ
+            then weighs little, where its own std would blow up what are mostly errors of the score. (Flow-GRPO's
+            ``global_std`` also counts how far the means of prompts are apart.)
 
     Returns:
         [P, K], NaN at padding and in groups whose rewards are all equal: they say nothing, and an advantage of 0 would
@@ -65,7 +68,8 @@ def normalize(rewards: Tensor, kept: Tensor, *, over: str, clip: float) -> Tenso
     chosen = rewards.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, torch.nan)  # [P, K]
     base = {"kept": chosen, "group": rewards}[over]
     mean = base.nanmean(1, keepdim=True)  # [P, 1]
-    std = (base - mean).square().nanmean(1, keepdim=True).sqrt()  # population std, as in Flow-GRPO
+    variance = (base - mean).square().nanmean(1, keepdim=True)  # of the population, as in Flow-GRPO
+    std = (variance.nanmean() if global_std else variance).sqrt()  # [] or [P, 1]
     low, high = base.nan_to_num(nan=torch.inf).amin(1), base.nan_to_num(nan=-torch.inf).amax(1)  # [P]
     advantages = ((chosen - mean) / (std + STD_FLOOR)).clamp(-clip, clip)
     return advantages.masked_fill((high <= low)[:, None], torch.nan)

@@ -83,7 +83,8 @@ def train(*, policy: Policy, scorer: Scorer, prompts: Callable[[int], list[Promp
             with timed(seconds, "score"):
                 rewards = group_scores(scorer, rollout)  # [P, G]
             kept = select_extremes(rewards, k=config.top_k)  # [P, K], K = 2 top_k
-            advantages = normalize(rewards, kept, over=config.stats_over, clip=config.advantage_clip)  # [P, K]
+            advantages = normalize(rewards, kept, over=config.stats_over, clip=config.advantage_clip,
+                                   global_std=config.global_std)  # [P, K]
             if step == start:
                 gate["gate_log_ratio"] = check_replay(policy=policy, rollout=rollout, config=config)
                 logger.info("gate passed: largest |log ratio| of a replayed rollout %.3e", gate["gate_log_ratio"])
