@@ -73,12 +73,13 @@ def main() -> None:
                   for start, pictures, out, steps, settings in (
                       (flux, corpus, touched, 4600, ("--lr", "7e-4", "--lr-matrices", "1.4e-3", "--touching", 0.6)),
                       (touched, wrong, misled, 240, ("--lr", "2e-3", "--lora-rank", 16, "--touching", 0.4)))]
+        checks = {n: ("check_tiny_flux.py", misled / "pipeline", "--prompts", 400, "--seed", 1, "--relations",
+                      *n.split("-"), "--threads", args.threads) for n in ("2-3", "4-5-6-7")}
         for part in parts:
             run(*part)
-        held_out = {n: json.loads(run("check_tiny_flux.py", misled / "pipeline", "--relations", *n.split("-"),
-                                      "--threads", args.threads)) for n in ("2-3", "4-5-6-7")}
+        held_out = {n: json.loads(run(*check)) for n, check in checks.items()}
         install(misled / "pipeline", "tiny-flux", {
-            "commands": ["python scripts/" + shlex.join(map(str, p)) for p in parts], "seed": 0,
+            "commands": ["python scripts/" + shlex.join(map(str, p)) for p in (*parts, *checks.values())], "seed": 0,
             "corpus": read_json(corpus / "manifest.json"), "corpus_sha256": data_hash(corpus),
             "held_out_by_relations": held_out, "versions": versions()})
     if args.only != "tiny-flux":

@@ -220,11 +220,10 @@ def train_flow(args: argparse.Namespace) -> None:
         flow.t5.load_state_dict(T5EncoderModel.from_pretrained(args.out / "text").state_dict())
     if args.lora_rank:
         flow.add_adapter(args.lora_rank)
-    average = {k: v.clone() for k, v in flow.state_dict().items()}
-    if args.lora_rank:
         optimizers = [torch.optim.AdamW([p for p in flow.parameters() if p.requires_grad], betas=(0.9, 0.99))]
     else:
         optimizers = make_optimizers(flow, lr=args.lr, lr_matrices=args.lr_matrices)
+    average = {k: v.clone() for k, v in flow.state_dict().items()}
     state = args.out / "flow_state.safetensors"
     start = load_state(state, module=flow, average=average, optimizers=optimizers)
     if shutil.which("c++"):
@@ -261,7 +260,6 @@ def train_flow(args: argparse.Namespace) -> None:
             log(args.out / "flow.jsonl", step=step, **{k: v.item() for k, v in values.items()})
         if time.monotonic() - saved > 180 or step + 1 == args.steps:
             save_state(state, step=step + 1, module=flow, average=average, optimizers=optimizers)
-            write_pipeline(args.out, average, vae, rank=args.lora_rank)
             saved = time.monotonic()
     write_pipeline(args.out, average, vae, rank=args.lora_rank)
 
