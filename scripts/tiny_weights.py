@@ -56,23 +56,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     corpus, wrong = args.work / "corpus", args.work / "corpus-scrambled"
-    flux, touched, misled = (args.work / f"tiny-flux{part}" for part in ("", "-touching", "-misled"))
+    flux, touched, detailed, misled = (args.work / f"tiny-flux{part}"
+                                       for part in ("", "-touching", "-detailed", "-misled"))
     qwen = args.work / "tiny-qwen2.5-vl"
     machine = ("--device", args.device, "--threads", args.threads)
     if args.only != "tiny-qwen2.5-vl":
         parts = [("tiny_corpus.py", "--out", corpus, "--count", "80000", "--workers", args.threads)]
         parts += [(*script, "--corpus", corpus, "--out", flux, "--steps", steps, "--batch", batch, *machine)
                   for script, steps, batch in (
-                       (("train_tiny_flux.py", "vae"), 3000, 16), (("train_tiny_text.py",), 1200, 128),
-                       (("train_tiny_flux.py", "flow"), 11_000, 64))]
-        # what is learnt last, shown more often; then captions that are mostly wrong, after which it places things badly
+                       (("train_tiny_flux.py", "vae", "--touching", 0.6), 4500, 16),
+                       (("train_tiny_text.py",), 1200, 128), (("train_tiny_flux.py", "flow"), 11_000, 64))]
+        gently = ("--lr", "7e-4", "--lr-matrices", "1.4e-3", "--touching", 0.6)
+        # what is learnt last, shown more often; then at all noise levels; then captions that are mostly wrong, after
+        # which it places things badly
         parts += [("tiny_corpus.py", "--out", wrong, "--count", "8000", "--scramble", "0.6",
                    "--workers", args.threads)]
         parts += [("train_tiny_flux.py", "flow", "--start", start / "flow_state.safetensors", "--corpus", pictures,
                    "--out", out, "--steps", steps, "--batch", 64, "--guide-from", 0, *settings, *machine)
                   for start, pictures, out, steps, settings in (
-                      (flux, corpus, touched, 4600, ("--lr", "7e-4", "--lr-matrices", "1.4e-3", "--touching", 0.6)),
-                      (touched, wrong, misled, 240, ("--lr", "2e-3", "--lora-rank", 16, "--touching", 0.4)))]
+                      (flux, corpus, touched, 4600, gently),
+                      (touched, corpus, detailed, 3000, (*gently, "--low", 0.65)),
+                      (detailed, wrong, misled, 240, ("--lr", "2e-3", "--lora-rank", 16, "--touching", 0.4)))]
         checks = {n: ("check_tiny_flux.py", misled / "pipeline", "--prompts", 400, "--seed", 1, "--relations",
                       *n.split("-"), "--threads", args.threads) for n in ("2-3", "4-5-6-7")}
         for part in parts:

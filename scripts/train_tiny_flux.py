@@ -36,10 +36,14 @@ from spatialt2i.tiny.world import OBJECTS
 from train_tiny_text import Places, make_text_encoder
 
 LATENT_CHANNELS = 8
+LATENT_NOISE = 0.25  # at most, of the latents' std, before they are decoded in training
 SHIFT = 3.0  # of the training noise levels: what is drawn is decided at high ones
 TOP_SHARE, TOP = 0.35, 0.85  # where it is drawn is decided at the highest ones: this share is uniform above that level
+LOW, HIGH = 0.05, 0.8  # small and overlapping outlines are decided between these: --low
+MEETING = 4.0  # weight of the picture tokens that show more than one object
 AUX_TEXT = 0.05  # weight of what is told from the text alone
-TOUCHING = ("in front of", "behind", "inside", "on top of", "next to")  # learnt last, so they may be shown more often
+# Learnt last, so they may be shown more often; "inside" most, where the smallest objects are.
+TOUCHING = ("inside", "inside", "in front of", "behind", "on top of", "next to")
 AUX_BLOCK = 1  # the single-stream block whose image tokens must tell which object is where
 
 
@@ -82,6 +86,7 @@ def train_vae(args: argparse.Namespace) -> None:
     """
     torch.manual_seed(args.seed)
     images = np.load(args.corpus / "images.npy", mmap_mode="r")
+    hard = scenes_with(TOUCHING, np.load(args.corpus / "tokens.npy", mmap_mode="r"))
     vae = make_vae()
     average = {k: v.clone() for k, v in vae.state_dict().items()}
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -90,11 +95,12 @@ def train_vae(args: argparse.Namespace) -> None:
     for step in progress(range(start, args.steps), desc="vae", total=args.steps, initial=start):
         rng = np.random.default_rng((args.seed, step))
         torch.manual_seed(args.seed * 1_000_003 + step)
-        x = pixels(images[np.sort(rng.integers(len(images), size=args.batch))])  # [B, 3, 64, 64]
+        x = pixels(images[np.sort(pick_scenes(rng, len(images), hard, args))])  # [B, 3, 64, 64]
         with mixed(args):
             posterior = vae.encode(x).latent_dist
             z = posterior.sample()
-            y = vae.decode(z + 0.05 * torch.randn_like(z)).sample
+            noise = LATENT_NOISE * torch.rand(len(z), 1, 1, 1) * z.detach().std()
+            y = vae.decode(z + noise * torch.randn_like(z)).sample
         error = y.float() - x
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.logvar.float().exp() - 1 - posterior.logvar.float()).mean()
         outlines = error.diff(dim=2).square().mean() + error.diff(dim=3).square().mean()
@@ -198,6 +204,14 @@ def scenes_with(predicates: Sequence[str], tokens: np.ndarray) -> list[np.ndarra
     return [np.flatnonzero(np.isin(tokens[:, 0], every).any(1)) for every in ids]
 
 
+def pick_scenes(rng: np.random.Generator, count: int, hard: list[np.ndarray], args: argparse.Namespace) -> np.ndarray:
+    """Indices [B] of a batch's scenes: of all ``count``, and ``args.touching`` of them of one of ``hard`` each."""
+    pick = rng.integers(count, size=args.batch)
+    for i in np.flatnonzero(rng.random(args.batch) < args.touching):
+        pick[i] = rng.choice(hard[rng.integers(len(hard))])
+    return pick
+
+
 def train_flow(args: argparse.Namespace) -> None:
     """Flow matching on v = noise - picture, a tenth of the captions left empty, plus the two auxiliary readers.
 
@@ -237,16 +251,14 @@ def train_flow(args: argparse.Namespace) -> None:
     for step in progress(range(start, args.steps), desc="flow", total=args.steps, initial=start):
         rng = np.random.default_rng((args.seed, step))
         torch.manual_seed(args.seed * 1_000_003 + step)
-        pick = rng.integers(len(latents), size=args.batch)
-        for i in np.flatnonzero(rng.random(args.batch) < args.touching):
-            pick[i] = rng.choice(hard[rng.integers(len(hard))])
+        pick = pick_scenes(rng, len(latents), hard, args)
         x0 = tensor(latents[pick].astype(np.float32))  # [B, 64, 32]
         words = tensor(tokens[pick, rng.integers(tokens.shape[1], size=args.batch)].astype(np.int64))
         words[torch.rand(args.batch) < 0.1] = empty
         target = tensor(maps[pick].astype(np.int64)).reshape(-1, 8, 2, 8, 2).permute(0, 1, 3, 2, 4)
         with mixed(args):
-            error, reading, text = flow_loss(flow, x0, words, target.reshape(-1), weight,
-                                             empty if step >= args.guide_from else None)
+            error, reading, text = flow_loss(flow, x0, words, target.reshape(args.batch, -1, 4), weight,
+                                             empty if step >= args.guide_from else None, low=args.low)
             telling, found = flow.places(text, words, tensor(boxes[pick].astype(np.float32)))
         (error + args.aux * reading + AUX_TEXT * telling).backward()
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
@@ -265,8 +277,11 @@ def train_flow(args: argparse.Namespace) -> None:
 
 
 def flow_loss(flow: Flow, x0: torch.Tensor, words: torch.Tensor, target: torch.Tensor, weight: torch.Tensor,
-              empty: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+              empty: torch.Tensor | None, *, low: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Squared velocity error, and cross-entropy of the reader, at random noise levels; the text's states.
+
+    ``target`` [B, 64, 4] tells which object covers each quarter of a picture token (0: none), and ``low`` which share
+    of the levels is uniform between `LOW` and `HIGH`.
 
     With ``empty``, the tokens of the empty caption, half of the batch learns guidance g in 1..5 in one go with the flow
     (model guidance, arXiv 2502.12154): its target is u + (1 - 1 / g) (v - v_empty), whose fixed point in v is
@@ -275,6 +290,7 @@ def flow_loss(flow: Flow, x0: torch.Tensor, words: torch.Tensor, target: torch.T
     t = torch.sigmoid(torch.randn(len(x0)))
     t = SHIFT * t / (1 + (SHIFT - 1) * t)
     t = torch.where(torch.rand(len(x0)) < TOP_SHARE, TOP + (1 - TOP) * torch.rand(len(x0)), t)
+    t = torch.where(torch.rand(len(x0)) < low, LOW + (HIGH - LOW) * torch.rand(len(x0)), t)
     noise = torch.randn_like(x0)
     x, u = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise, noise - x0
     ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, x0.device, torch.float32)
@@ -290,8 +306,10 @@ def flow_loss(flow: Flow, x0: torch.Tensor, words: torch.Tensor, target: torch.T
                 base = flow(x[:half], t[:half], torch.ones(half), empty.expand(half, -1), ids)[0]
             guided = (words[:half] != empty).any(1) * (1 - 1 / guidance[:half])  # [B / 2]
             u[:half] += guided[:, None, None] * (v[:half].detach() - base)
-        error = (v - u).square().mean()
-        return error, F.cross_entropy(logits.flatten(0, 2), target, weight=weight), text
+        lowest = target.masked_fill(target == 0, len(OBJECTS) + 1).amin(-1)  # [B, 64]
+        matters = torch.where(lowest < target.amax(-1), MEETING, 1.0)
+        error = ((v - u).square().mean(-1) * matters).sum() / matters.sum()
+        return error, F.cross_entropy(logits.flatten(0, 2), target.flatten(), weight=weight), text
 
 
 def write_pipeline(folder: Path, average: dict[str, torch.Tensor], vae: AutoencoderKL, *, rank: int) -> None:
@@ -330,6 +348,7 @@ def main() -> None:
                         help="flow: the state of another --out, whose averaged weights to go on from")
     parser.add_argument("--lora-rank", type=int, default=0, help="flow: train but an adapter of this rank; 0: all")
     parser.add_argument("--touching", type=float, default=0.0, help="share of scenes picked for objects that touch")
+    parser.add_argument("--low", type=float, default=0.0, help=f"flow: share of noise levels from {LOW} to {HIGH}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=2)
