@@ -88,7 +88,9 @@ def floor(policy, config):
 
     images = config.prompts_per_step * config.group
     kept = config.prompts_per_step * (min(2 * config.top_k, config.group) if config.top_k else config.group)
-    drawn, trained = sizes(images, config.sample_batch), sizes(kept * config.train_steps, config.micro_batch)
+    draws = config.draws if config.kernel == "ode" else 1  # noises per picture and trained level
+    drawn = sizes(images, config.sample_batch)
+    trained = [draws * n for n in sizes(kept * config.train_steps, config.micro_batch)]
     made = {n: inputs(n) for n in {*drawn, *trained, config.prompts_per_step}}
     seconds: dict[str, float] = {}
     with timed(seconds, "sample"), torch.no_grad():

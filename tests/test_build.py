@@ -56,6 +56,24 @@ def test_a_stage_is_done_once_and_again_when_its_inputs_change(config: Config, t
     assert not (run.path / "data" / "cost.json").exists()
 
 
+def test_a_stage_that_is_done_again_is_not_finished_until_its_end(config: Config, tmp_path: Path) -> None:
+    run = RunDir.open(tmp_path, config)
+    build._stage(run, "rl", "30 steps", dict)
+
+    def stopped() -> dict:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build._stage(run, "rl", "60 steps", stopped)
+    with pytest.raises(RunError, match="the stage 'rl' is not finished"):
+        build._needs(run, "rl", "rl train")
+
+
+def test_a_run_without_results_has_no_report(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no stage is finished, so there is nothing to report"):
+        build.report(config, RunDir.open(tmp_path, config))
+
+
 def test_the_key_of_a_stage_sees_its_settings_alone(config: Config) -> None:
     more_workers = dataclasses.replace(config, data=DataConfig(workers=7), device="cuda", threads=3)
     other_rl = dataclasses.replace(config, rl=RLConfig(top_k=1))

@@ -213,14 +213,15 @@ def test_a_fault_in_the_program_is_not_hidden(stage: SimpleNamespace, tmp_path: 
         spatialt2i("rl", "train", "--run", tmp_path / "r")
 
 
-def test_ctrl_c_says_how_to_go_on_and_exits_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_say_how_to_go_on_and_exit_with_130(number: int, tmp_path: Path) -> None:
     code = ("import time; from spatialt2i import cli\n"
             "def work(config, run): print('ready', flush=True); time.sleep(60)\n"
             "cli._function = lambda stage: work\ncli.main()")
     process = subprocess.Popen([sys.executable, "-c", code, "rl", "train", "--run", str(tmp_path / "r")], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=SRC)
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in stderr
     assert f"go on with: spatialt2i rl train --run {tmp_path / 'r'}" in stderr

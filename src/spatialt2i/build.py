@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "tiny" / "weights"
 SHIPPED = ("tiny-flux", "tiny-qwen2.5-vl")
+DRAWING = ("dtype", "resolution", "max_text_tokens", "guidance_scale", "eval_steps")  # of [rl]: what a picture is
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
                                                 seed=seed_of(config.seed, "reward", "weights"), device=_device(config))
         return train(model=model, train_pairs=list(read_preferences(shards(run, "train"))),
                      validation_pairs=list(read_preferences(shards(run, "validation"))), config=config.reward,
-                     seed=config.seed, run=run)
+                     seed=config.seed, run=run, data=run.digest("data"))
 
     return _stage(run, "reward", _key(config, "reward"), work, inputs=("data",), outputs=("reward/model",))
 
@@ -113,7 +114,10 @@ def rl_train(config: Config, run: RunDir) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         sets = bench_prompts(config)
         stream = training_prompts(config, avoid={p.text for prompts in sets.values() for p in prompts})
-        return train(policy=make_policy(config), scorer=make_scorer(config, run), prompts=stream, config=config.rl,
+        policy = make_policy(config)
+        for prompt in (p for prompts in sets.values() for p in prompts):
+            policy.check(prompt)  # now, and not in the benchmark after hours of training
+        return train(policy=policy, scorer=make_scorer(config, run), prompts=stream, config=config.rl,
                      seed=config.seed, run=run, gallery=sets["in_domain"][: config.rl.gallery_prompts],
                      inputs=f"{_made(config.rl.model)} {run.digest('reward')}")
 
@@ -153,15 +157,17 @@ def bench_indomain(config: Config, run: RunDir) -> dict[str, Any]:
     _needs(run, "rl", "rl train")
     from spatialt2i.bench.indomain import compare
     adapter = run.path / "rl" / "adapter"
+    drawn = {name: getattr(config.rl, name) for name in DRAWING}
+    base = f"{_made(config.rl.model)} {json_text(drawn)}"
 
     def work() -> dict[str, Any]:
         return compare(
             generators={"base": lambda: make_policy(config), "tuned": lambda: make_policy(config, adapter=adapter)},
-            identities={"base": _made(config.rl.model), "tuned": f"{_made(config.rl.model)} {tree_hash(adapter)}"},
+            identities={"base": base, "tuned": f"{base} {tree_hash(adapter)}"},
             verifier=make_verifier(config), scorer=make_scorer(config, run), prompts=bench_prompts(config),
             config=config.bench, seed=config.seed, folder=run.stage("eval"))
 
-    return _stage(run, "bench", _key(config, "bench"), work, inputs=("reward", "rl"), outputs=("eval",))
+    return _stage(run, "bench", _key(config, "bench") + base, work, inputs=("reward", "rl"), outputs=("eval",))
 
 
 def report(config: Config, run: RunDir, *, beside: Sequence[Path] = ()) -> dict[str, Any]:
@@ -171,6 +177,9 @@ def report(config: Config, run: RunDir, *, beside: Sequence[Path] = ()) -> dict[
     """
     from spatialt2i.report.compare import compare
     from spatialt2i.report.page import write_report
+    if not any(run.manifest(path.parent.name) for path in run.path.glob("*/manifest.json")):
+        raise RunError(f"{run.path}: no stage is finished, so there is nothing to report; start with "
+                       f"`spatialt2i data build --run {run.path}`, or check the name")
     figures = write_report(run=run)
     if beside:
         others = [RunDir.open(path, load_config(path / "config.toml")) for path in beside]
@@ -328,6 +337,7 @@ def _stage(run: RunDir, name: str, key: str, work: Callable[[], dict[str, Any]],
     if run.done(name, key):
         return run.manifest(name)["figures"]
     ledger = run.stage(name) / "cost.json"
+    (run.path / name / "manifest.json").unlink(missing_ok=True)  # of other settings; what it names is being replaced
     with measured(ledger) as cost:
         figures = work()
     run.finish(name, key=key, counts=figures.get("counts", {}), seconds=cost.seconds, peak_mb=cost.peak_mb,

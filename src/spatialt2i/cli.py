@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ STAGES = (
 
 def main() -> None:
     """Entry point of the ``spatialt2i`` command."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is preempted keeps its work like Ctrl-C
     command_line().main(prog_name="spatialt2i")
 
 
@@ -181,6 +183,9 @@ def _message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return (f"the package {error.name} is not installed; pip install '.[all]' in a checkout of spatialt2i brings "
                 "everything")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+        return (f"{error}\nLower rl.micro_batch and rl.sample_batch, or reward.micro_batch and reward.score_batch, and "
+                "run the same command again: they change no result, and finished work is kept")
     return str(error) or type(error).__name__
 
 

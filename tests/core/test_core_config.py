@@ -107,8 +107,10 @@ def test_what_cps_cannot_do_is_refused() -> None:
 
 def test_pictures_without_noise_need_starts_of_their_own() -> None:
     load_config("paper", ["rl.kernel=ode"])
-    with pytest.raises(ConfigError, match='rl.same_start = true with rl.kernel = "ode": all images would be the same'):
+    with pytest.raises(ConfigError, match="rl.same_start = true with rl.kernel = ode: images would be equal"):
         load_config("paper", ["rl.kernel=ode", "rl.same_start=true"])
+    with pytest.raises(ConfigError, match='rl.draws = 2: expected 1, or rl.kernel = "ode"'):
+        load_config("paper", ["rl.draws=2"])
 
 
 @pytest.mark.parametrize(("text", "words"), [

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from spatialt2i.core import run as run_module
-from spatialt2i.core.config import Config, RewardConfig, RLConfig, load_config
+from spatialt2i.core.config import BenchConfig, Config, RewardConfig, RLConfig, load_config
 from spatialt2i.core.device import measured
 from spatialt2i.core.run import (
     DiskFull, RunDir, RunError, atomic_path, disk_errors, is_run, progress, read_json, seed_of, tree_hash, versions,
@@ -88,8 +88,17 @@ def test_a_refused_delete_deletes_nothing(tmp_path: Path) -> None:
 
 def test_more_rl_steps_and_other_batch_sizes_are_no_other_run(tmp_path: Path) -> None:
     with_results(tmp_path, Config(), "reward", "rl")
-    RunDir.open(tmp_path, dataclasses.replace(Config(), rl=RLConfig(steps=400, sample_batch=1),
+    RunDir.open(tmp_path, dataclasses.replace(Config(), rl=RLConfig(steps=400, sample_batch=1, gate_tolerance=1e-3),
                                               reward=RewardConfig(micro_batch=1)))
+
+
+@pytest.mark.parametrize("stage", ["data", "rl", "bench"])
+def test_evaluation_prompts_may_not_change_under_what_kept_apart_from_them(stage: str, tmp_path: Path) -> None:
+    with_results(tmp_path, Config(), stage)
+    more = dataclasses.replace(Config(), bench=BenchConfig(hard_prompts=400))
+    with pytest.raises(RunError, match=f"bench.hard_prompts is 200 there and 400 now, and {stage}/ has results"):
+        RunDir.open(tmp_path, more)
+    RunDir.open(tmp_path, more, "delete", stages=[stage])
 
 
 def test_resume_allows_another_machine(tmp_path: Path) -> None:

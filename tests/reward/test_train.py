@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from spatialt2i.core.config import Config
 from spatialt2i.core.run import RunDir
 from spatialt2i.core.store import read_preferences, write_preferences
+from spatialt2i.core.types import Scores
 from spatialt2i.reward import train as training
 from spatialt2i.reward.checkpoint import CheckpointMismatch
 from spatialt2i.reward.distort import distort
@@ -29,7 +30,7 @@ def run_at(folder) -> RunDir:
 
 def fit(folder, model, pairs, **options):
     return train(model=model, train_pairs=pairs[:8], validation_pairs=pairs[8:], config=model.config,
-                 seed=options.pop("seed", 0), run=run_at(folder))
+                 seed=options.pop("seed", 0), run=run_at(folder), data=options.pop("data", "d"))
 
 
 def weights(folder):
@@ -107,7 +108,7 @@ from spatialt2i.reward.train import train
 pairs = list(read_preferences([sys.argv[2]]))
 model = SpatialScoreModel.from_backbone(sys.argv[1], config=dataclasses.replace(SMALL, save_every=1), seed=0)
 train(model=model, train_pairs=pairs[:8], validation_pairs=pairs[8:], config=model.config, seed=0,
-      run=RunDir.open(sys.argv[3], Config()))
+      run=RunDir.open(sys.argv[3], Config()), data="d")
 """
 
 
@@ -171,6 +172,23 @@ def test_ctrl_c_loses_no_finished_update(make_model, pairs, tmp_path, monkeypatc
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
+def test_a_failure_of_the_last_evaluation_is_made_up_for(make_model, pairs, tmp_path, monkeypatch):
+    whole = fit(tmp_path / "whole", make_model(eval_every=4), pairs)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(training, "pairwise_accuracy", lambda **_: (_ for _ in ()).throw(Interrupted))
+        fit(tmp_path / "parts", make_model(eval_every=4), pairs)
+    assert fit(tmp_path / "parts", make_model(eval_every=4), pairs) == whole
+
+
+def test_validation_pairs_that_cannot_be_judged_stop_the_training(make_model, pairs, tmp_path, monkeypatch):
+    def unjudged(self, *, images, prompts, normalized=False):
+        return Scores(mean=np.full(len(images), np.nan))
+
+    monkeypatch.setattr(SpatialScore, "score", unjudged)
+    with pytest.raises(ValueError, match="step 2: none of 4 validation pairs could be judged"):
+        fit(tmp_path, make_model(), pairs)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(make_model, pairs, tmp_path):
     fit(tmp_path / "run", make_model(save_every=1), pairs)
     newest = tmp_path / "run" / "reward" / "checkpoints" / "step-00000004"
@@ -190,14 +208,14 @@ def test_checkpoint_of_another_training(make_model, pairs, tmp_path):
     with pytest.raises(CheckpointMismatch, match="seed was 0 and is 1"):
         fit(tmp_path / "run", make_model(), pairs, seed=1)
     with pytest.raises(CheckpointMismatch, match="data was"):
-        fit(tmp_path / "run", make_model(), pairs[1:])
+        fit(tmp_path / "run", make_model(), pairs, data="e")
     fit(tmp_path / "run", make_model(micro_batch=1, score_batch=1), pairs)  # they change memory, not the training
 
 
 def test_unusable_pairs_are_named(make_model, pairs, tmp_path):
     with pytest.raises(ValueError, match="0 training and 4 validation pairs"):
         train(model=make_model(), train_pairs=[], validation_pairs=pairs[8:], config=make_model().config, seed=0,
-              run=run_at(tmp_path / "a"))
+              run=run_at(tmp_path / "a"), data="d")
     broken = [dataclasses.replace(p, chosen=p.chosen[:60]) for p in pairs]
     with pytest.raises(ValueError, match=r"pair p\d, chosen: not a readable image"):
         fit(tmp_path / "b", make_model(), broken)

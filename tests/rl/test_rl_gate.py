@@ -29,8 +29,12 @@ def test_pictures_drawn_without_noise_pass_and_faults_are_named(make_policy, con
     rollout = draw(policy)
     assert check_replay(policy=policy, rollout=rollout, config=config) < 1e-8
     healthy = dict(latents=rollout.latents, sigmas=rollout.sigmas)
+    partly, last = rollout.latents.clone(), rollout.latents.clone()
+    partly[:, 1:, 1:] = partly[:, 1:, 1:].bfloat16().float()
+    last[:, :, -1] += 0.01  # the picture that is trained on is not the one that the steps led to
     for fault, cause in ((dict(latents=rollout.latents.bfloat16().float()), "hold only bfloat16 values"),
                          (dict(sigmas=torch.linspace(1, 0, 5)), "carries another schedule"),
+                         (dict(latents=partly), "unknown"), (dict(latents=last), "step 3: .*unknown"),
                          (dict(latents=rollout.latents * torch.nan), "not finite")):
         with pytest.raises(GateError, match=cause):
             check_replay(policy=policy, rollout=dataclasses.replace(rollout, **healthy | fault), config=config)
@@ -38,6 +42,11 @@ def test_pictures_drawn_without_noise_pass_and_faults_are_named(make_policy, con
         base = draw(policy)
     with pytest.raises(GateError, match="the adapter was off"):
         check_replay(policy=policy, rollout=base, config=config)
+    shifted, policy.sigmas = policy.sigmas, torch.linspace(1, 0, 5)
+    unshifted = dataclasses.replace(draw(policy), sigmas=shifted)
+    policy.sigmas = shifted
+    with pytest.raises(GateError, match="drawn with an unshifted schedule"):
+        check_replay(policy=policy, rollout=unshifted, config=config)
 
 
 def test_latents_rounded_to_bfloat16_are_stopped(policy, config):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -375,6 +376,12 @@ def test_the_gate_stops_a_faulty_run_before_it_trains(tmp_path, make_policy, con
         train.train(policy=policy, scorer=Redness(), prompts=prompts_of, config=config, seed=3, run=open_run(tmp_path),
                     gallery=[], inputs="w")
     assert not (tmp_path / "rl/checkpoints").exists()
+
+
+def test_fewer_steps_than_are_trained_already_are_refused(whole, make_policy, config, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    with pytest.raises(checkpoint.CheckpointError, match="4 steps are trained already and rl.steps = 2"):
+        go(tmp_path / "run", make_policy, replace(config, steps=2))
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path, make_policy, config):

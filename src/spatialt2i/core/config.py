@@ -354,10 +354,10 @@ def _check_together(config: Config, where: str) -> None:
         (rl.kernel != "cps" or rl.train_from + rl.train_steps < rl.rollout_steps, f"{trained} and rl.kernel = \"cps\" "
          f"(no noise at the last step): expected their sum to be below rl.rollout_steps = {rl.rollout_steps}"),
         (rl.kernel != "cps" or rl.noise <= 1, f"rl.noise = {rl.noise} with rl.kernel = \"cps\": expected at most 1"),
-        (rl.kernel != "ode" or not rl.same_start,
-         "rl.same_start = true with rl.kernel = \"ode\": all images would be the same"),
-        (reward.distorted + reward.renamed <= 1, f"reward.distorted = {reward.distorted} with reward.renamed = "
-         f"{reward.renamed}: expected their sum to be at most 1"),
+        (rl.draws == 1 or rl.kernel == "ode", f"rl.draws = {rl.draws}: expected 1, or rl.kernel = \"ode\""),
+        (rl.kernel != "ode" or not rl.same_start, "rl.same_start = true with rl.kernel = ode: images would be equal"),
+        (reward.distorted + reward.renamed <= 1,
+         f"reward.distorted = {reward.distorted} with reward.renamed = {reward.renamed}: expected a sum of at most 1"),
         (data.validation + data.test < 1, f"data.validation = {data.validation} with data.test = {data.test}: expected "
          "their sum to be below 1, or nothing is left to train on")]
     for key, weights in (("data.relations", data.relations), ("rl.relations", rl.relations)):

@@ -28,8 +28,12 @@ HEADER = "# spatialt2i run folder: the resolved config\n"  # marks a folder as o
 # How the work is done, not what comes out of it (rounding aside): may change between two calls on the same run.
 FREE = frozenset({
     "device", "threads", "data.workers", "reward.micro_batch", "reward.score_batch", "reward.save_every",
-    "rl.micro_batch", "rl.sample_batch", "rl.save_every", "rl.gallery_every", "rl.gallery_prompts"})
+    "rl.micro_batch", "rl.sample_batch", "rl.save_every", "rl.gallery_every", "rl.gallery_prompts",
+    "rl.gate_tolerance"})
 EXTENDS = frozenset({"rl.steps"})  # a finished stage goes on from where it is when one of these changes
+# They name the evaluation prompts, which pairs and training prompts were kept apart from.
+HELD_OUT = frozenset({
+    "bench.in_domain_prompts", "bench.hard_prompts", "bench.in_domain_relations", "bench.hard_relations"})
 PACKAGES = ("spatialt2i", "torch", "transformers", "diffusers", "peft", "accelerate", "datasets", "safetensors",
             "tensorboard", "scipy", "matplotlib", "numpy", "pillow", "pyarrow")
 
@@ -150,11 +154,12 @@ class RunDir:
         """
         path = self.stage(stage) / "metrics.jsonl"
         row = _finite({"step": step} | {k: float(v) for k, v in metrics.items()})
-        with disk_errors(path), path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-        if stage not in self._boards:
-            self._boards[stage] = _board(path.parent / "tb")
-        _draw(self._boards[stage], [row])
+        with disk_errors(path):
+            with path.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+            if stage not in self._boards:
+                self._boards[stage] = _board(path.parent / "tb")
+            _draw(self._boards[stage], [row])
 
     def metrics(self, stage: str) -> list[dict[str, float | None]]:
         """The logged lines of a stage, each with its ``step``; a line cut off by a kill is left out."""
@@ -177,8 +182,9 @@ class RunDir:
             self._boards.pop(stage).close()
         write_atomic(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         shutil.rmtree(folder / "tb", ignore_errors=True)
-        self._boards[stage] = _board(folder / "tb")
-        _draw(self._boards[stage], rows)
+        with disk_errors(folder / "tb"):
+            self._boards[stage] = _board(folder / "tb")
+            _draw(self._boards[stage], rows)
 
 
 def is_run(path: Path) -> bool:
@@ -198,6 +204,7 @@ def _check_config(path: Path, config: Config, doomed: Sequence[Path]) -> None:
     for old, new in zip(describe(stored), describe(config), strict=True):
         section = old.key.rpartition(".")[0]  # empty for the seed, on which everything depends
         results = [path / section] if section else [f for f in path.iterdir() if f.is_dir()]
+        results += [path / "data", path / "rl"] if old.key in HELD_OUT else []
         kept = [f for f in results if f not in doomed and _has_results(f)]
         if old.value != new.value and old.key not in FREE | EXTENDS and kept:
             raise RunError(f"{path}: was made with another config: {old.key} is {old.value} there and {new.value} now, "
@@ -340,19 +347,22 @@ def progress(work: Iterable[Any] | int, *, desc: str, total: int | None = None, 
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the block is over, so that things that belong together change together."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield  # only the main thread gets signals, and only if they are not ignored
+    """Ctrl-C and SIGTERM wait until the block is over, so that things that belong together change together."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}  # the others end it
+    if threading.current_thread() is not threading.main_thread() or not handlers:
+        yield  # only the main thread gets signals
         return
     caught: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    for number in handlers:
+        signal.signal(number, lambda number, frame: caught.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if caught:
-        before(caught[0], None)
+        handlers[caught[0]](caught[0], None)
 
 
 def versions() -> dict[str, str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,8 @@ class CheckpointMismatch(RuntimeError):
     """The checkpoint on disk belongs to another config, seed or data set."""
 
 
-def identity(config: RewardConfig, seed: int, pair_ids: Sequence[str], fingerprint: str) -> dict[str, Any]:
+def identity(config: RewardConfig, seed: int, data: str, fingerprint: str) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued."""
-    data = hashlib.sha256(json.dumps(list(pair_ids)).encode()).hexdigest()[:16]
     return {"seed": seed, "data": data, "backbone weights": fingerprint, **lasting("reward", config)}
 
 

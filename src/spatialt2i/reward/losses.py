@@ -31,7 +31,9 @@ def gaussian_bradley_terry(*, mu_w: Tensor, s_w: Tensor, mu_l: Tensor, s_l: Tens
                            nodes: int) -> tuple[Tensor, Metrics]:
     """E[-log sigmoid(z)] for z ~ N(mu_w - mu_l, s_w^2 + s_l^2), by Gauss-Hermite quadrature.
 
-    The deterministic form of the uncertainty-aware loss of HPSv3 (arXiv 2508.03789), which samples z.
+    The deterministic form of the uncertainty-aware loss of HPSv3 (arXiv 2508.03789), which samples z. Mind what the
+    sigmas can mean: -log sigmoid is convex, so any spread raises the loss, of wrong pairs too, and training narrows
+    both as far as the head lets it. Only differences of sigma between images say anything.
 
     Args:
         mu_w, mu_l: [B], means of the two scores.

@@ -49,7 +49,7 @@ class SpatialScore:
 
         Raises:
             OSError: a file is missing or cannot be read.
-            ValueError: the weights do not fit the body.
+            ValueError: the weights do not fit the body, or the settings are those of another version.
         """
         place = Path(folder)
         if not place.is_dir():
@@ -58,7 +58,11 @@ class SpatialScore:
             raise FileNotFoundError(f"{place}: has no {SETTINGS}, so it is not a SpatialScore; train one with "
                                     "`spatialt2i reward train`, or name the folder that save_pretrained wrote")
         settings = read_json(place / SETTINGS)
-        config = RewardConfig(**settings["config"])
+        try:
+            config = RewardConfig(**settings["config"])
+        except TypeError as error:
+            raise ValueError(f"{place / SETTINGS}: settings of another version of spatialt2i ({error}); score with the "
+                             "version that trained it, or train it again") from error
         config = config if dtype is None else dataclasses.replace(config, dtype=dtype)
         body = backbone or _find_backbone(place, settings)
         model = SpatialScoreModel.from_backbone(body, config=config, seed=0, device=device)
@@ -96,7 +100,8 @@ class SpatialScore:
             normalized: subtract the mean and divide by the standard deviation of the training set's scores.
 
         Returns:
-            Mean and standard deviation, float64 [B] each. They do not depend on the other images of the call.
+            Mean and standard deviation, float64 [B] each. They do not depend on the other images of the call,
+            but for rounding where the body is in bfloat16.
 
         Raises:
             ValueError: an image cannot be read, or a prompt is empty, too long, or has a special token; the

@@ -33,7 +33,7 @@ class TrainingDiverged(RuntimeError):
 
 
 def train(*, model: SpatialScoreModel, train_pairs: Sequence[Preference], validation_pairs: Sequence[Preference],
-          config: RewardConfig, seed: int, run: RunDir) -> dict[str, Any]:
+          config: RewardConfig, seed: int, run: RunDir, data: str) -> dict[str, Any]:
     """Train a model, or continue where an earlier call on this run stopped, and save it under ``reward/model``.
 
     Which pairs an update sees, and what dropout drops, is named by (seed, epoch) and (seed, step), so neither depends
@@ -45,13 +45,14 @@ def train(*, model: SpatialScoreModel, train_pairs: Sequence[Preference], valida
         config: the ``[reward]`` section.
         seed: of the run.
         run: where metrics, checkpoints and the result go.
+        data: names the pairs, for example by their hash; a checkpoint of other ones is refused.
 
     Returns:
         ``accuracy`` (of the saved model on the validation pairs, see `pairwise_accuracy`), ``step`` (when it was
         saved), ``steps``, ``mean`` and ``std`` of its scores on training images, and ``pairs``.
 
     Raises:
-        ValueError: there are no pairs, or a prompt or an image is unusable.
+        ValueError: there are no pairs, a prompt or an image is unusable, or no validation pair could be judged.
         CheckpointMismatch: the run holds a checkpoint of another config, seed or data.
         TrainingDiverged: the loss or its gradient became NaN or infinite.
     """
@@ -62,7 +63,7 @@ def train(*, model: SpatialScoreModel, train_pairs: Sequence[Preference], valida
     texts = _texts(model, train_pairs)
     names = sorted({name for pair in train_pairs for name in pair.pair.perfect.objects})
     optimizer = make_optimizer(model, config)
-    identity = checkpoint.identity(config, seed, [p.prompt.id for p in train_pairs], model.fingerprint)
+    identity = checkpoint.identity(config, seed, data, model.fingerprint)
     start, best = checkpoint.resume(folder, model=model, optimizer=optimizer, identity=identity)
     run.truncate_metrics(STAGE, start)
     held_out = validation_pairs[:config.eval_pairs]
@@ -105,6 +106,8 @@ def train(*, model: SpatialScoreModel, train_pairs: Sequence[Preference], valida
         bar.close()
         if done > saved:
             checkpoint.save(folder, done, model=model, optimizer=optimizer, identity=identity, best=best)
+    if not best:  # the last evaluation, which also saves the best weights, did not come to its end
+        _, best = _evaluate(model, held_out, done, best, folder)
     return _finish(model, train_pairs, validation_pairs, best, folder, config)
 
 
@@ -202,7 +205,10 @@ def _evaluate(model: SpatialScoreModel, pairs: Sequence[Preference], step: int, 
     scorer = SpatialScore(model, batch=model.config.score_batch)
     found = pairwise_accuracy(scorer=scorer, pairs=pairs)
     values = {name: found[name]["value"] for name in ("one", "two_three", "overall")}
-    if values["overall"] is not None and (not best or values["overall"] >= best["accuracy"]):
+    if values["overall"] is None:
+        raise ValueError(f"step {step}: none of {len(pairs)} validation pairs could be judged, every score is NaN; "
+                         "lower reward.lr, lr_head or lr_token, and start the stage afresh with --if-exists delete")
+    if not best or values["overall"] >= best["accuracy"]:
         scorer.save_pretrained(folder / "best")
         best = {"accuracy": values["overall"], "step": step}
     return {f"validation/{name}": v for name, v in values.items() if v is not None}, best

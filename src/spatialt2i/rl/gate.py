@@ -93,9 +93,9 @@ def _replay(policy: Policy, rollout: Rollout, batches: tuple[Tensor, ...] | Iter
 
 
 def _spread(rollout: Rollout, config: RLConfig) -> Tensor:
-    """Up to `REPLAYED` transitions int64 [N, 3] at even distances over all prompts, images and trained steps."""
+    """Up to `REPLAYED` transitions int64 [N, 3] at even distances over all prompts, images and steps that matter."""
     prompts, group = rollout.log_probs.shape[:2]
-    rows = torch.cartesian_prod(torch.arange(prompts), torch.arange(group), torch.tensor(trained_steps(config)))
+    rows = torch.cartesian_prod(torch.arange(prompts), torch.arange(group), torch.tensor(_steps(rollout, config)))
     return rows[torch.linspace(0, len(rows) - 1, min(REPLAYED, len(rows))).round().long()]
 
 
@@ -104,4 +104,9 @@ def _as_sampled(rollout: Rollout, config: RLConfig) -> Iterator[Tensor]:
     prompts, group = rollout.log_probs.shape[:2]
     flat = torch.cartesian_prod(torch.arange(prompts), torch.arange(group))  # [P G, 2]
     first = flat[:config.sample_batch]
-    return (torch.cat([first, torch.full((len(first), 1), t)], dim=1) for t in trained_steps(config))
+    return (torch.cat([first, torch.full((len(first), 1), t)], dim=1) for t in _steps(rollout, config))
+
+
+def _steps(rollout: Rollout, config: RLConfig) -> range:
+    """The steps that must replay: the trained ones, or all that led to the picture, where that is trained on."""
+    return range(rollout.log_probs.shape[2]) if config.kernel == "ode" else trained_steps(config)

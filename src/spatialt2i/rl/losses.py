@@ -13,7 +13,8 @@ def policy_loss(*, log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor,
                 clip: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped-ratio loss: max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) (PPO, GRPO).
 
-    In a step's first update the ratio is 1 in value and carries only the gradient.
+    In a step's first update the ratio is 1 in value, up to the rounding that the gate bounds, and carries only the
+    gradient. `train` does one update per rollout, so there the clip bounds that rounding and no more.
 
     Args:
         log_prob: [B], under the current weights, with gradient.

@@ -35,6 +35,7 @@ LORA_TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.ad
                 "ff_context.net.2"]
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
 CACHED_PROMPTS = 512  # a FLUX.1 prompt of 256 tokens takes 2 MB
+VELOCITY_STD = 0.01  # of a step without noise, in the gate: an error of 0.00014 in v is a log ratio of 0.0001
 
 
 class PromptError(ValueError):
@@ -44,9 +45,9 @@ class PromptError(ValueError):
 class FluxPolicy:
     """A FLUX pipeline whose denoising steps have log-probabilities, and whose adapter can be trained.
 
-    The initial noise of a picture is what the stock pipeline draws in float32 from
-    ``torch.Generator("cpu").manual_seed(seed)``; the noise of the steps comes from the same generator. So a picture
-    depends on its prompt and seed, never on its batch.
+    The initial noise of a picture is what the stock pipeline draws in float32 (with ``rl.dtype`` "bfloat16" the stock
+    one draws in that, hence another picture) from ``torch.Generator("cpu").manual_seed(seed)``; the noise of the steps
+    comes from the same generator. So a picture depends on its prompt and seed, and on its batch by rounding at most.
 
     Attributes:
         name: the last part of the model's id or folder.
@@ -149,6 +150,19 @@ class FluxPolicy:
             images += self._decode(latents[:, -1])
         return images
 
+    def check(self, prompt: Prompt) -> None:
+        """Refuse a prompt that T5 could not read whole; CLIP, which gives the pooled vector only, may cut it as ever.
+
+        Raises:
+            PromptError: the prompt is empty or longer than ``config.max_text_tokens``.
+        """
+        if not prompt.text.strip():
+            raise PromptError(f"prompt {prompt.id!r} is empty, expected a text")
+        tokens, limit = len(self.pipeline.tokenizer_2(prompt.text).input_ids), self._config.max_text_tokens
+        if tokens > limit:
+            raise PromptError(f"prompt {prompt.id!r} has {tokens} T5 tokens, expected at most rl.max_text_tokens = "
+                              f"{limit}; shorten it or raise the limit (FLUX takes up to 512): {prompt.text!r}")
+
     def decode(self, rollout: Rollout) -> list[list[Image]]:
         """The pictures [P][G] at the ends of the trajectories."""
         groups, group = rollout.latents.shape[:2]
@@ -187,7 +201,7 @@ class FluxPolicy:
     def replay(self, *, rollout: Rollout, rows: Tensor, reference: bool = False) -> Tensor:
         """Log ratios of drawn denoising steps, replayed as in `log_prob`; all 0 where nothing changed since.
 
-        With kernel "ode" a step is taken as the mean of a normal density of std 1 in v.
+        With kernel "ode" a step is taken as the mean of a normal density of std `VELOCITY_STD` in v.
 
         Args:
             rollout, rows, reference: see `log_prob`.
@@ -200,7 +214,8 @@ class FluxPolicy:
             return self.log_prob(rollout=rollout, rows=rows, reference=reference)[0] - rollout.log_probs[p, g, t]
         x, x_next = rollout.latents[p, g, t], rollout.latents[p, g, t + 1]  # [B, S, C]
         drawn = (x_next - x) / (rollout.sigmas[t + 1] - rollout.sigmas[t])[:, None, None]
-        return -0.5 * (self._predict(rollout, rows, x, reference=reference) - drawn).square().mean((1, 2))
+        error = (self._predict(rollout, rows, x, reference=reference) - drawn) / VELOCITY_STD
+        return -0.5 * error.square().mean((1, 2))
 
     def parameters(self) -> dict[str, Parameter]:
         """The trainable parameters by name: the adapter's, in float32."""
@@ -326,7 +341,7 @@ class FluxPolicy:
         rows = []
         for prompt in prompts:
             if prompt.text not in self._embeds:
-                self._check(prompt)
+                self.check(prompt)
                 text, pooled, _ = self.pipeline.encode_prompt(
                     prompt.text, device=self._device, max_sequence_length=self._config.max_text_tokens)
                 self._embeds[prompt.text] = (text[0], pooled[0])
@@ -335,15 +350,6 @@ class FluxPolicy:
             self._embeds.move_to_end(prompt.text)
             rows.append(self._embeds[prompt.text])
         return torch.stack([text for text, _ in rows]), torch.stack([pooled for _, pooled in rows])
-
-    def _check(self, prompt: Prompt) -> None:
-        """Refuse what the text encoders would cut or could not read."""
-        if not prompt.text.strip():
-            raise PromptError(f"prompt {prompt.id!r} is empty, expected a text")
-        tokens, limit = len(self.pipeline.tokenizer_2(prompt.text).input_ids), self._config.max_text_tokens
-        if tokens > limit:
-            raise PromptError(f"prompt {prompt.id!r} has {tokens} T5 tokens, expected at most rl.max_text_tokens = "
-                              f"{limit}; shorten it or raise the limit (FLUX takes up to 512): {prompt.text!r}")
 
     def _noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Standard normal latents [B, S, C], one generator each; drawn on the CPU so that all devices see the same."""

@@ -19,7 +19,7 @@ from spatialt2i.core.config import RLConfig
 from spatialt2i.core.protocols import Policy, Scorer
 from spatialt2i.core.run import RunDir, interrupts_held, progress, seed_of, write_atomic, write_json
 from spatialt2i.core.types import Prompt, Rollout
-from spatialt2i.rl.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from spatialt2i.rl.checkpoint import CheckpointError, TrainState, load_checkpoint, save_checkpoint
 from spatialt2i.rl.credit import RewardError, normalize, select_extremes
 from spatialt2i.rl.gate import check_replay
 from spatialt2i.rl.losses import kl_loss, policy_loss
@@ -66,6 +66,9 @@ def train(*, policy: Policy, scorer: Scorer, prompts: Callable[[int], list[Promp
     state = fresh_state(policy, config)
     load_checkpoint(folder / "checkpoints", state, config=config, seed=seed, inputs=inputs)
     start = saved = state.step
+    if start > config.steps:
+        raise CheckpointError(f"{folder}: {start} steps are trained already and rl.steps = {config.steps}; ask for at "
+                              f"least {start}, or make the stage afresh with --if-exists delete")
     run.truncate_metrics(STAGE, start)
     gate: dict[str, float] = {}
     bar = progress(config.steps, desc="Spatial-RL", initial=start)
@@ -180,7 +183,8 @@ def apply_update(state: TrainState, config: RLConfig) -> dict[str, float]:
     norm = torch.nn.utils.clip_grad_norm_(list(state.parameters.values()), config.max_grad_norm).item()
     if not norm < float("inf"):
         raise TrainingError(f"the gradient of RL step {state.step} has norm {norm}, expected a finite number; weights "
-                            "are unchanged. Lower rl.lr, or train fewer low-noise steps (rl.train_steps)")
+                            "are unchanged. Lower rl.lr, or train fewer low-noise steps (rl.train_steps), and start "
+                            "the stage afresh with --if-exists delete")
     state.optimizer.step()
     state.step += 1
     if state.ema is not None and state.step % config.ema_every == 0:
