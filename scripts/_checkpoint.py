@@ -67,10 +67,7 @@ def load_average(path: Path, *, module: torch.nn.Module) -> None:
 
 def make_optimizers(module: torch.nn.Module, *, lr: float, lr_matrices: float,
                     without: Sequence[torch.nn.Parameter] = ()) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon (as torch has it) for the matrices of the module's blocks; neither for those ``without``.
-
-    At equal updates the two learn what is drawn where about twice as fast as AdamW alone.
-    """
+    """AdamW, and Muon (as torch has it) for the matrices of the module's blocks; neither for those ``without``."""
     matrices = [p for n, p in module.named_parameters()
                 if p.ndim == 2 and ("block" in n or "language_model.layers" in n) and "relative" not in n]
     rest = [p for p in module.parameters() if not any(p is m for m in (*matrices, *without))]

@@ -19,11 +19,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spatialt2i.core.run import file_hash, read_json, versions, write_json
+from spatialt2i.core.run import atomic_path, file_hash, read_json, versions, write_json
 
 SCRIPTS = Path(__file__).parent
 SHIPPED = SCRIPTS.parent / "src" / "spatialt2i" / "tiny" / "weights"
-# glibc returns every large buffer to the system and faults it in again; keeping them makes CPU training twice as fast
+# glibc returns every large buffer to the system and faults it in again, which is much of the time of CPU training
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
@@ -41,10 +41,9 @@ def data_hash(corpus: Path) -> str:
 
 def install(folder: Path, name: str, manifest: dict) -> None:
     """Copy a finished model to where the package ships it."""
-    target = SHIPPED / name
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(folder, target)
-    write_json(target / "manifest.json", manifest)
+    with atomic_path(SHIPPED / name) as target:
+        shutil.copytree(folder, target)
+        write_json(target / "manifest.json", manifest)
 
 
 def main() -> None:

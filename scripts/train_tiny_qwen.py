@@ -26,7 +26,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcess
 
 from _checkpoint import load_state, make_optimizers, save_state, tensor, use_machine
 from spatialt2i.core.device import autocast
-from spatialt2i.core.run import progress, tree_hash, versions, write_json
+from spatialt2i.core.run import atomic_path, file_hash, progress, tree_hash, versions, write_json
 from spatialt2i.core.store import append_jsonl
 from spatialt2i.reward.pixels import PixelReader
 from spatialt2i.tiny.qwen import MERGE, PATCH, make_tiny_qwen
@@ -234,17 +234,18 @@ def main() -> None:
     bar.close()
     averaged(lesson, average)
     found = judge(lesson, sets["held-out"], batches=40, size=args.batch)
-    make_tiny_qwen(args.out, tokenizer=tokenizer, seed=args.seed)
-    model.save_pretrained(args.out)
-    digest = hashlib.sha256((args.out / "model.safetensors").read_bytes()).hexdigest()
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "work", "vae", "minutes", "threads", "device")}
     options = shlex.join(f"--{k.replace('_', '-')}={v}" for k, v in settings.items())
-    write_json(args.out / "manifest.json", {
-        "command": f"python scripts/train_tiny_qwen.py --out OUT --work WORK {options}",
-        "seed": args.seed, "config": settings, "autoencoder_sha256": tree_hash(args.vae),
-        "dtype": str(dtype), "parameters": sum(p.numel() for p in model.parameters()), "sha256": digest,
-        "data_sha256": hashlib.sha256(repr(sets["train"].scenes).encode()).hexdigest(), "metrics": found,
-        "versions": versions()})
+    with atomic_path(args.out) as target:
+        make_tiny_qwen(target, tokenizer=tokenizer, seed=args.seed)
+        model.save_pretrained(target)
+        write_json(target / "manifest.json", {
+            "command": f"python scripts/train_tiny_qwen.py --out OUT --work WORK {options}",
+            "seed": args.seed, "config": settings, "autoencoder_sha256": tree_hash(args.vae),
+            "dtype": str(dtype), "parameters": sum(p.numel() for p in model.parameters()),
+            "sha256": file_hash(target / "model.safetensors"),
+            "data_sha256": hashlib.sha256(repr(sets["train"].scenes).encode()).hexdigest(), "metrics": found,
+            "versions": versions()})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ NEEDED_FOR = {
     "transformers": "SpatialScore's backbone and the text encoders",
     "diffusers": "the generators of Spatial-RL",
     "peft": "the adapters of both trainings",
-    "accelerate": "loading large models, and more than one GPU",
+    "accelerate": "loading large models",
     "safetensors": "reading and writing weights",
     "datasets": "reading the pairs with load_dataset",
     "tensorboard": "live curves; metrics.jsonl is written without it",
