@@ -123,7 +123,7 @@ def test_finished_stages_are_not_done_again(calm):
 
 
 def test_killed_at_random_moments_ends_the_same(calm, tmp_path):
-    """Every stage is killed with SIGKILL at a random moment of its first, second and third part before it may finish."""
+    """Every stage is killed with SIGKILL in each third of its time before it may finish."""
     run, seconds = calm
     moments = random.Random()
     moments.seed(seed := int.from_bytes(os.urandom(4), "big"))
