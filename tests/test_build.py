@@ -131,6 +131,24 @@ def test_a_damaged_file_of_the_dataset_is_made_again(tmp_path: Path) -> None:
     assert file.read_bytes() == whole
 
 
+def test_pictures_are_drawn_and_judged_again_when_their_settings_change(tmp_path: Path, monkeypatch) -> None:
+    seen = []
+
+    def compare(*, identities, **_) -> dict:
+        seen.append(identities)
+        return {}
+
+    monkeypatch.setattr("spatialt2i.bench.indomain.compare", compare)
+    monkeypatch.setattr(build, "make_scorer", lambda config, run: None)
+    for settings in ([], [], ["rl.eval_steps=9"], ["rl.guidance_scale=5"]):
+        config = load_config("quickstart", settings)
+        run = RunDir.open(tmp_path, config, "delete" if settings else "resume", stages=["rl"])
+        for stage in ("reward", "rl"):
+            run.finish(stage, key="", counts={}, seconds=0, peak_mb=0)
+        build.bench_indomain(config, run)
+    assert len(seen) == 3 and len({names["base"] for names in seen}) == len({names["tuned"] for names in seen}) == 3
+
+
 def test_what_was_sampled_before_an_interruption_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Stopped:
         drawn = 0

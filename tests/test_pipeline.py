@@ -18,7 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from spatialt2i import build
 from spatialt2i.build import SHIPPED, WEIGHTS
+from spatialt2i.core.config import load_config
+from spatialt2i.core.run import RunDir
+from spatialt2i.rl.policy import PromptError
 
 SMALL = ["threads=1", "data.pairs=400", "data.shard=100", "data.workers=2", "data.validation=0.1", "data.test=0.1",
          "reward.steps=12", "reward.batch=8", "reward.micro_batch=8", "reward.eval_every=6", "reward.eval_pairs=16",
@@ -113,6 +117,14 @@ def test_evaluation_prompts_are_in_no_training_set(calm):
     rows = datasets.load_dataset(str(run / "data"), cache_dir=str(run.parent / "cache"))
     seen = {text for split in rows.values() for column in ("prompt", "perturbed_prompt") for text in split[column]}
     assert len(seen) > 500 and not held_out & seen
+
+
+def test_an_evaluation_prompt_that_the_encoders_cannot_take_stops_before_training(tmp_path):
+    config = load_config("quickstart", ["rl.max_text_tokens=16"])
+    run = RunDir.open(tmp_path, config)
+    run.finish("reward", key="", counts={}, seconds=0, peak_mb=0)
+    with pytest.raises(PromptError, match="expected at most rl.max_text_tokens = 16"):
+        build.rl_train(config, run)
 
 
 def test_finished_stages_are_not_done_again(calm):
