@@ -27,14 +27,15 @@ TEXT_TOKENS = 40
 CAPTIONS = 4  # phrasings (and scramblings) per picture
 CHUNK = 500
 MOST_OBJECTS = 7
+CONTACT = ("in front of", "behind", "inside", "on top of", "next to")  # what captions never state wrongly
 
 
 def scrambled(relations: tuple[Relation, ...], share: float, rng: np.random.Generator) -> list[Relation]:
-    """The relations in random order, a share of them replaced by one of their wrong edits."""
+    """The relations in random order, a share of those at a distance replaced by one of their wrong edits."""
     out = []
     for i in rng.permutation(len(relations)).tolist():
         options = alternatives(i, relations[i])
-        wrong = options and rng.random() < share
+        wrong = options and relations[i].predicate not in CONTACT and rng.random() < share
         out.append(options[int(rng.integers(len(options)))].after if wrong else relations[i])
     return out
 
@@ -93,7 +94,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/corpus"))
     parser.add_argument("--count", type=int, default=80_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--scramble", type=float, default=0.0, help="share of relations that captions state wrongly")
+    parser.add_argument("--scramble", type=float, default=0.0,
+                        help="share of relations that captions state wrongly, those of things that touch aside")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     wanted = {"count": args.count, "seed": args.seed, "scramble": args.scramble}

@@ -68,7 +68,7 @@ def main() -> None:
         gently = ("--lr", "7e-4", "--lr-matrices", "1.4e-3", "--touching", 0.6)
         # what is learnt last, shown more often; then at all noise levels; then captions that are mostly wrong, after
         # which it places things badly
-        parts += [("tiny_corpus.py", "--out", wrong, "--count", "8000", "--scramble", "0.6",
+        parts += [("tiny_corpus.py", "--out", wrong, "--count", "8000", "--scramble", "0.65",
                    "--workers", args.threads)]
         parts += [("train_tiny_flux.py", "flow", "--start", start / "flow_state.safetensors", "--corpus", pictures,
                    "--out", out, "--steps", steps, "--batch", 64, "--guide-from", 0, *settings, *machine)
