@@ -27,7 +27,7 @@ TEXT_TOKENS = 40
 CAPTIONS = 4  # phrasings (and scramblings) per picture
 CHUNK = 500
 MOST_OBJECTS = 7
-CONTACT = ("in front of", "behind", "inside", "on top of", "next to")  # what captions never state wrongly
+CONTACT = ("inside", "in front of", "behind", "on top of", "next to")  # objects that touch; never stated wrongly
 
 
 def scrambled(relations: tuple[Relation, ...], share: float, rng: np.random.Generator) -> list[Relation]:

@@ -33,6 +33,7 @@ from spatialt2i.rl.policy import LORA_TARGETS
 from spatialt2i.tiny.phrases import PHRASES
 from spatialt2i.tiny.tokenizer import CLIP_LENGTH, make_tokenizer
 from spatialt2i.tiny.world import OBJECTS
+from tiny_corpus import CONTACT
 from train_tiny_text import Places, make_text_encoder
 
 LATENT_CHANNELS = 8
@@ -43,7 +44,7 @@ LOW, HIGH = 0.05, 0.8  # small and overlapping outlines are decided between thes
 MEETING = 4.0  # weight of the picture tokens that show more than one object
 AUX_TEXT = 0.05  # weight of what is told from the text alone
 # Learnt last, so they may be shown more often; "inside" most, where the smallest objects are.
-TOUCHING = ("inside", "inside", "in front of", "behind", "on top of", "next to")
+TOUCHING = ("inside", *CONTACT)
 AUX_BLOCK = 1  # the single-stream block whose image tokens must tell which object is where
 
 

@@ -3,9 +3,9 @@
     python scripts/train_tiny_text.py --corpus build/corpus --out build/tiny-flux --steps 1200
 
 FLUX gives its text tokens no positions, so that only the T5 encoder can tell "a left of b" from "b left of a". It does
-so by its relative position biases, which in flow matching hardly move. Here every mention of an object
-predicts where its object is, and every two mentions predict the offset of their objects and which of them is in front
-where they overlap; minutes are enough. `train_tiny_flux.py flow` goes on teaching this next to the pictures.
+so by its relative position biases, which in flow matching hardly move. Here every mention of an object predicts where
+its object is, and every two mentions predict the offset of their objects and which of them is in front where they
+overlap; minutes are enough. `train_tiny_flux.py flow` goes on teaching this next to the pictures.
 """
 
 from __future__ import annotations

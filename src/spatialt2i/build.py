@@ -167,7 +167,8 @@ def bench_indomain(config: Config, run: RunDir) -> dict[str, Any]:
             verifier=make_verifier(config), scorer=make_scorer(config, run), prompts=bench_prompts(config),
             config=config.bench, seed=config.seed, folder=run.stage("eval"))
 
-    return _stage(run, "bench", _key(config, "bench") + base, work, inputs=("reward", "rl"), outputs=("eval",))
+    key = f"{seed_of(_key(config, 'bench'), base):016x}"
+    return _stage(run, "bench", key, work, inputs=("reward", "rl"), outputs=("eval",))
 
 
 def report(config: Config, run: RunDir, *, beside: Sequence[Path] = ()) -> dict[str, Any]:
@@ -337,7 +338,7 @@ def _stage(run: RunDir, name: str, key: str, work: Callable[[], dict[str, Any]],
     if run.done(name, key):
         return run.manifest(name)["figures"]
     ledger = run.stage(name) / "cost.json"
-    (run.path / name / "manifest.json").unlink(missing_ok=True)  # of other settings; what it names is being replaced
+    (run.path / name / "manifest.json").unlink(missing_ok=True)  # what it names is about to be replaced
     with measured(ledger) as cost:
         figures = work()
     run.finish(name, key=key, counts=figures.get("counts", {}), seconds=cost.seconds, peak_mb=cost.peak_mb,

@@ -69,6 +69,10 @@ class Policy(Generator, Protocol):
         """G trajectories for each of P prompts, not decoded yet. seeds: [P][G]."""
         ...
 
+    def check(self, prompt: Prompt) -> None:
+        """Raise ValueError for a prompt that the text encoders cannot read whole."""
+        ...
+
     def decode(self, rollout: Rollout) -> list[list[Image]]:
         """The pictures [P][G] at the ends of the trajectories."""
         ...
