@@ -113,16 +113,17 @@ def test_own_options_reach_the_stage(stage: SimpleNamespace) -> None:
     assert options == {"images": (Path("a.png"), Path("b.png")), "prompts": ("x",), "model": "m", "backbone": None}
 
 
-def test_commands_without_a_run_make_no_folder(stage: SimpleNamespace, tmp_path: Path) -> None:
-    result = spatialt2i("doctor", "--run", tmp_path / "r")
+@pytest.mark.parametrize("command", ["doctor", "report"])
+def test_commands_that_only_read_a_run_make_no_folder(command: str, stage: SimpleNamespace, tmp_path: Path) -> None:
+    result = spatialt2i(command, "--run", tmp_path / "r")
     assert result.exit_code == 1 and "not a run folder" in result.output and not (tmp_path / "r").exists()
 
 
 def test_only_runs_are_compared(stage: SimpleNamespace, tmp_path: Path) -> None:
-    other = RunDir.open(tmp_path / "b", load_config("tiny")).path
-    result = spatialt2i("report", "--run", tmp_path / "a", "--beside", other, "--beside", tmp_path / "nowhere")
+    run, other = (RunDir.open(tmp_path / name, load_config("tiny")).path for name in "ab")
+    result = spatialt2i("report", "--run", run, "--beside", other, "--beside", tmp_path / "nowhere")
     assert result.exit_code == 1 and f"{tmp_path / 'nowhere'}: not a run folder" in result.stderr
-    assert spatialt2i("report", "--run", tmp_path / "a", "--beside", other).exit_code == 0
+    assert spatialt2i("report", "--run", run, "--beside", other).exit_code == 0
     assert stage.calls[0][2] == {"beside": (other,)}
 
 
@@ -141,6 +142,7 @@ def test_figures_are_shown_and_written(stage: SimpleNamespace, tmp_path: Path) -
 
 
 def test_a_whole_run_ends_with_its_report_card(stage: SimpleNamespace, tmp_path: Path) -> None:
+    RunDir.open(tmp_path / "report", load_config("tiny"))  # the only one that wants the run to be there
     for name in ("report", "all", "quickstart"):
         assert spatialt2i(name, "--run", tmp_path / name).stdout == f"the card of {tmp_path / name}\n"
 

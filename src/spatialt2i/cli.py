@@ -30,6 +30,7 @@ class Stage:
         folders: (or files) in the run; what ``--if-exists`` looks at. Empty: the whole run.
         preset: used where neither ``--preset`` nor the run's own config says otherwise.
         makes_run: False where the command works without a run, and never makes its folder.
+        reads: True where the run must be there already.
         options: the command's own.
         card: show the report card instead of every figure.
     """
@@ -41,6 +42,7 @@ class Stage:
     folders: tuple[str, ...] = ()
     preset: str = "tiny"
     makes_run: bool = True
+    reads: bool = False
     options: tuple[click.Option, ...] = ()
     card: bool = False
 
@@ -87,8 +89,7 @@ STAGES = (
     Stage("bench indomain", "bench_indomain", "Base against tuned generator on held-out prompts, judged by the oracle.",
           ("bench",), ("bench", "eval")),
     Stage("report", "report", "Write report.html and report.json of the run.", (),
-          ("report.html", "report.json", "compare.html"), options=REPORT_OPTIONS,
-          card=True),
+          ("report.html", "report.json", "compare.html"), reads=True, options=REPORT_OPTIONS, card=True),
     Stage("all", "all_stages", "Every stage from prompts to report; finished ones are kept.", EVERYTHING, card=True),
     Stage("quickstart", "all_stages", "Every stage, small: the whole loop in minutes on two cores.", EVERYTHING,
           preset="quickstart", card=True),
@@ -151,7 +152,7 @@ def _run_command(stage: Stage, given: dict[str, Any]) -> None:
     try:
         own = run / "config.toml" if run and is_run(run) else None
         config = load_config(preset or own or stage.preset, given["overrides"])
-        read = [*given.get("beside", ()), *([run] if run and not stage.makes_run else [])]
+        read = [*given.get("beside", ()), *([run] if run and (stage.reads or not stage.makes_run) else [])]
         for path in read:
             if not is_run(path):
                 raise RunError(f"{path}: not a run folder; expected one that a stage of spatialt2i made")

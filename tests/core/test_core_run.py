@@ -96,7 +96,8 @@ def test_more_rl_steps_and_other_batch_sizes_are_no_other_run(tmp_path: Path) ->
 def test_evaluation_prompts_may_not_change_under_what_kept_apart_from_them(stage: str, tmp_path: Path) -> None:
     with_results(tmp_path, Config(), stage)
     more = dataclasses.replace(Config(), bench=BenchConfig(hard_prompts=400))
-    with pytest.raises(RunError, match=f"bench.hard_prompts is 200 there and 400 now, and {stage}/ has results"):
+    with pytest.raises(RunError, match=f"bench.hard_prompts is 200 there and 400 now, and {stage}/ has results. Use "
+                                       "the same settings or name another --run$"):
         RunDir.open(tmp_path, more)
     RunDir.open(tmp_path, more, "delete", stages=[stage])
 

@@ -207,9 +207,10 @@ def _check_config(path: Path, config: Config, doomed: Sequence[Path]) -> None:
         results += [path / "data", path / "rl"] if old.key in HELD_OUT else []
         kept = [f for f in results if f not in doomed and _has_results(f)]
         if old.value != new.value and old.key not in FREE | EXTENDS and kept:
+            advice = ("Use the same settings or name another --run" if old.key in HELD_OUT else
+                      "Use the same settings, name another --run, or make the stage afresh with --if-exists delete")
             raise RunError(f"{path}: was made with another config: {old.key} is {old.value} there and {new.value} now, "
-                           f"and {kept[0].name}/ has results. Use the same settings, name another --run, or make the "
-                           "stage afresh with --if-exists delete")
+                           f"and {kept[0].name}/ has results. {advice}")
 
 
 def _has_results(path: Path) -> bool:
