@@ -76,7 +76,9 @@ def reward_eval(config: Config, run: RunDir) -> dict[str, Any]:
     from spatialt2i.reward.evaluate import pairwise_accuracy
 
     def work() -> dict[str, Any]:
-        return pairwise_accuracy(scorer=make_scorer(config, run), pairs=read_preferences(shards(run, "test")))
+        scorer, total = make_scorer(config, run), run.manifest("data")["counts"]["test"]
+        pairs = progress(read_preferences(shards(run, "test")), desc="reward eval", total=total)
+        return pairwise_accuracy(scorer=scorer, pairs=pairs)
 
     return _stage(run, "reward_eval", "", work, inputs=("data", "reward"))
 
