@@ -54,6 +54,24 @@ def data_build(config: Config, run: RunDir) -> dict[str, Any]:
     return _stage(run, "data", _key(config, "data"), work, outputs=("data/data", "data/statistics.json"))
 
 
+def data_prompts(config: Config, run: None, *, writer: str | None, count: int | None, seed: int | None,
+                 out: Path) -> dict[str, Any]:
+    """Prompts alone, as JSON lines in ``out``; the options stand for data.writer, data.pairs and seed."""
+    from spatialt2i.data.files import write_prompt_file
+    data = dataclasses.replace(config.data, writer=writer or config.data.writer, pairs=count or config.data.pairs)
+    chosen = dataclasses.replace(config, data=data, seed=config.seed if seed is None else seed)
+    return write_prompt_file(make_writer(chosen), config=data, seed=chosen.seed, path=out)
+
+
+def data_perturb(config: Config, run: None, *, prompts: Path, writer: str | None, seed: int | None,
+                 out: Path) -> dict[str, Any]:
+    """A perturbed prompt, and its edits, for each line of ``prompts``, as JSON lines in ``out``."""
+    from spatialt2i.data.files import write_pair_file
+    data = dataclasses.replace(config.data, writer=writer or config.data.writer)
+    chosen = dataclasses.replace(config, data=data, seed=config.seed if seed is None else seed)
+    return write_pair_file(make_writer(chosen), prompts, config=data, seed=chosen.seed, path=out)
+
+
 def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
     """Part 2: SpatialScore, under ``reward/``."""
     _needs(run, "data", "data build")
@@ -228,8 +246,9 @@ def data_parts(config: Config) -> tuple[Writer, Generator, Verifier]:
 
 def make_writer(config: Config) -> Writer:
     """``data.writer``."""
+    from spatialt2i.data.prompts import SceneWriter
     from spatialt2i.tiny.grammar import TinyWriter
-    return {"tiny-grammar": TinyWriter}[config.data.writer]()
+    return {"tiny-grammar": TinyWriter, "grammar": SceneWriter}[config.data.writer]()
 
 
 def make_painter(config: Config) -> Generator:
@@ -281,39 +300,15 @@ def model_folder(name: str) -> str:
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 def bench_prompts(config: Config) -> dict[str, list[Prompt]]:
-    """The evaluation sets ``in_domain`` and ``hard``: distinct texts, the numbers of relations in turn."""
-    writer, bench, taken = make_writer(config), config.bench, set()
-    sets: dict[str, list[Prompt]] = {}
-    for name, size, relations in (("in_domain", bench.in_domain_prompts, bench.in_domain_relations),
-                                  ("hard", bench.hard_prompts, bench.hard_relations)):
-        sets[name] = [_fresh_prompt(writer, f"{name}-{i}", relations[i % len(relations)], config.seed, taken)
-                      for i in range(size)]
-    return sets
+    """The evaluation sets ``in_domain`` and ``hard``."""
+    from spatialt2i.data.sets import evaluation_sets
+    return evaluation_sets(make_writer(config), config=config.bench, seed=config.seed)
 
 
 def training_prompts(config: Config, *, avoid: set[str]) -> Callable[[int], list[Prompt]]:
     """The prompts of an RL step, as a function of the step; none has a text in ``avoid``."""
-    import numpy as np
-    writer, weights = make_writer(config), np.array(config.rl.relations) / sum(config.rl.relations)
-
-    def prompts(step: int) -> list[Prompt]:
-        draws = np.random.default_rng(seed_of(config.seed, "rl-relations", step)).choice(
-            len(weights), size=config.rl.prompts_per_step, p=weights)
-        taken = set(avoid)
-        return [_fresh_prompt(writer, f"rl-{step}-{i}", int(n) + 1, config.seed, taken) for i, n in enumerate(draws)]
-
-    return prompts
-
-
-def _fresh_prompt(writer: Writer, id: str, n_relations: int, seed: int, taken: set[str]) -> Prompt:
-    """A prompt whose text is not in ``taken``, which then has it."""
-    for attempt in range(1000):
-        prompt = writer.write(id=id, n_relations=n_relations, seed=seed_of(seed, "prompt", id, attempt))
-        if prompt.text not in taken:
-            taken.add(prompt.text)
-            return prompt
-    raise ValueError(f"the writer finds no new prompt with {n_relations} relations beside {len(taken)} others; ask for "
-                     "fewer prompts")
+    from spatialt2i.data.sets import training_stream
+    return training_stream(make_writer(config), config=config.rl, seed=config.seed, avoid=avoid)
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------

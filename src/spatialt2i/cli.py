@@ -54,7 +54,7 @@ GROUPS = {
     "bench": "Part 4: benchmarks of generators.",
 }
 
-LONG = ("statistics", "sha256")  # figures that are for --json and the report, not for a terminal
+LONG = ("statistics", "sha256", "examples")  # figures that are for --json and the report, not for a terminal
 EVERYTHING = ("data", "reward", "rl", "bench")
 SCORE_OPTIONS = (
     click.Option(["--image", "images"], type=click.Path(path_type=Path), multiple=True, required=True,
@@ -71,6 +71,15 @@ SAMPLE_OPTIONS = (
     click.Option(["--base"], is_flag=True, help="Draw with the model as it was before Spatial-RL."),
     click.Option(["--out"], type=click.Path(path_type=Path), help="Folder of the pictures; default: RUN/samples."),
 )
+WRITER = click.Option(["--writer"], help="Who writes: tiny-grammar or grammar; default: data.writer.")
+SEED = click.Option(["--seed"], type=int, help="Default: the config's.")
+OUT = click.Option(["--out"], type=click.Path(path_type=Path), required=True,
+                   help="File of JSON lines; continued where it ends.")
+PROMPT_OPTIONS = (
+    WRITER, click.Option(["--count"], type=click.IntRange(1), help="How many prompts; default: data.pairs."), SEED, OUT)
+PERTURB_OPTIONS = (
+    click.Option(["--prompts"], type=click.Path(path_type=Path, exists=True), required=True,
+                 help="A file that `data prompts` wrote."), WRITER, SEED, OUT)
 REPORT_OPTIONS = (
     click.Option(["--beside"], type=click.Path(path_type=Path), multiple=True, metavar="DIR",
                  help="Another run: its reward curve and update times beside this run's, in RUN/compare.html."),
@@ -78,6 +87,10 @@ REPORT_OPTIONS = (
 STAGES = (
     Stage("data build", "data_build", "Write prompts and perturbed prompts, draw both, keep what is verified.",
           ("data",), ("data",)),
+    Stage("data prompts", "data_prompts", "Write prompts alone, to a file of JSON lines.", ("data",), makes_run=False,
+          options=PROMPT_OPTIONS),
+    Stage("data perturb", "data_perturb", "Change relations of each prompt of a file.", ("data",), makes_run=False,
+          options=PERTURB_OPTIONS),
     Stage("reward train", "reward_train", "Train SpatialScore on the run's pairs.", ("reward",), ("reward",)),
     Stage("reward eval", "reward_eval", "Pairwise accuracy on the held-out pairs, by perturbation, predicate and edit.",
           ("reward",), ("reward_eval",)),

@@ -37,7 +37,7 @@ def setting(default: Any, help: str, *, ge: float | None = None, gt: float | Non
 class DataConfig:
     """Part 1: prompts, perturbations, images, verdicts, pairs."""
 
-    writer: str = setting("tiny-grammar", "who writes and perturbs prompts", choices=("tiny-grammar",))
+    writer: str = setting("tiny-grammar", "who writes and perturbs prompts", choices=("tiny-grammar", "grammar"))
     generator: str = setting("tiny-painter", "who draws both images", choices=("tiny-painter",))
     verifier: str = setting("tiny-oracle", "who judges each image under its own prompt", choices=("tiny-oracle",))
     pairs: int = setting(80_000, "candidate pairs to write; verification keeps most of them", ge=1)

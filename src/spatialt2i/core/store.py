@@ -36,8 +36,8 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     write_atomic(path, "".join(_json(row) + "\n" for row in rows))
 
 
-def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
-    """Add one line to a file, after cutting off an unfinished line that a killed process left there."""
+def append_jsonl(path: str | Path, *rows: dict[str, Any]) -> None:
+    """Add lines to a file, after cutting off an unfinished line that a killed process left there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path), path.open("a+b") as f:
@@ -46,7 +46,7 @@ def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
         if end and f.read(1) != b"\n":
             f.seek(0)
             f.truncate(f.read().rfind(b"\n") + 1)
-        f.write(_json(row).encode() + b"\n")
+        f.write(b"".join(_json(row).encode() + b"\n" for row in rows))
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:

@@ -1,9 +1,9 @@
 """Whether a set of relations can be true together, and which of them cannot.
 
-A viewer sees a scene along three axes: ``across`` (left to right), ``depth`` (front to back) and ``height``. A predicate
-orders its objects along one of them, puts an object at an end or in the middle of one, or makes two objects level on one.
-Relations contradict each other where the orders run in a circle, or something would have to lie beyond an end. This is
-what texts can be checked for without a picture; it says nothing of sizes or distances.
+A viewer sees a scene along three axes: ``across`` (left to right), ``depth`` (front to back) and ``height``. A
+predicate orders its objects along one of them, puts an object at an end or in the middle of one, or makes two objects
+level on one. Relations contradict each other where the orders run in a circle, or something would have to lie beyond an
+end. This is what texts can be checked for without a picture; it says nothing of sizes or distances.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ def _mirrored(predicate: str) -> str:
     return predicate.replace("left", "right") if "left" in predicate else predicate.replace("right", "left")
 
 
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above", "on": "under", "under": "on",
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above",
+            "on": "under", "under": "on",
             "at the front edge": "at the back edge", "at the back edge": "at the front edge",
             "aligned in front with": "aligned at the back with", "aligned at the back with": "aligned in front with",
             **{p: _mirrored(p) for p in (*PLACES, *ALIGNED) if _mirrored(p) != p}}
@@ -34,8 +35,8 @@ def perturb(prompt: Prompt, *, n_edits: int, seed: int) -> Pair | None:
         prompt: of the scene grammar. n_edits: how many relations to change. seed: decides which, and how.
 
     Returns:
-        The pair, whose texts differ in relation words, articles and the order of objects alone; None where there are too
-        few relations, or no edits without a contradiction were found.
+        The pair, whose texts differ in relation words, articles and the order of objects alone; None where there are
+        too few relations, or no edits without a contradiction were found.
     """
     rng, scene = np.random.default_rng(seed), scenes()[prompt.scene]
     manners = manners_of(prompt.relations)

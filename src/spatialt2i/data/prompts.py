@@ -1,7 +1,8 @@
 """Writes prompts about real places and perturbs their relations (a `Writer`), without any model.
 
-A prompt is an opener and clauses that are chained to an anchor: each puts a new thing beside, before, on or over an earlier
-one, or says one more thing of two that are there. Everything follows from seeds, so prompts are the same everywhere.
+A prompt is an opener and clauses that are chained to an anchor: each puts a new thing beside, before, on or over an
+earlier one, or says one more thing of two that are there. Everything follows from seeds, so prompts are the same
+everywhere.
 """
 
 from __future__ import annotations

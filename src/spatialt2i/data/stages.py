@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -18,13 +19,24 @@ UNPERTURBED = "no satisfiable edit"
 _BATCH = 64  # pairs drawn and judged at a time, which bounds the memory of their pictures
 
 
-def write_prompts(writer: Writer, *, indices: Sequence[int], config: DataConfig, seed: int) -> list[Prompt]:
-    """One prompt per candidate index; how many relations each has follows ``config.relations``."""
+def write_prompts(writer: Writer, *, indices: Sequence[int], config: DataConfig, seed: int,
+                  taken: set[str] | None = None) -> list[Prompt]:
+    """One prompt per candidate index; how many relations each has follows ``config.relations``.
+
+    None has a text in ``taken``, which then has theirs.
+    """
     weights = np.array(config.relations, dtype=np.float64) / sum(config.relations)
     prompts = []
     for i in indices:
         n = 1 + int(np.random.default_rng(seed_of(seed, "data-relations", i)).choice(len(weights), p=weights))
-        prompts.append(writer.write(id=f"{seed}-{i}", n_relations=n, seed=seed_of(seed, "data-prompt", i)))
+        for attempt in itertools.count():
+            name = ("data-prompt", i, attempt) if attempt else ("data-prompt", i)
+            prompt = writer.write(id=f"{seed}-{i}", n_relations=n, seed=seed_of(seed, *name))
+            if taken is None or prompt.text not in taken:
+                break
+        if taken is not None:
+            taken.add(prompt.text)
+        prompts.append(prompt)
     return prompts
 
 

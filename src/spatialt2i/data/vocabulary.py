@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
-COLOURS = ("red", "blue", "green", "yellow", "orange", "purple", "pink", "white", "black", "grey", "brown", "teal", "navy",
-           "beige", "turquoise", "cream")
+COLOURS = ("red", "blue", "green", "yellow", "orange", "purple", "pink", "white", "black", "grey", "brown", "teal",
+           "navy", "beige", "turquoise", "cream")
 
 
 @dataclass(frozen=True)

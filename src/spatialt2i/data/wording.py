@@ -34,8 +34,9 @@ PHRASES: dict[str, tuple[str, ...]] = {
                                f"in the {side} corner of", f"in the far {side} corner of")
      for side in ("front left", "front right", "back left", "back right")}
 # "... stands to its left": in place of the object, where that is what the clause before was about
-PRONOUNS = {"left of": "to its left", "right of": "to its right", "in front of": "in front of it", "behind": "behind it",
-            "above": "above it", "below": "below it", "next to": "next to it", "on": "on top of it", "under": "underneath it"}
+PRONOUNS = {"left of": "to its left", "right of": "to its right", "in front of": "in front of it",
+            "behind": "behind it", "above": "above it", "below": "below it", "next to": "next to it",
+            "on": "on top of it", "under": "underneath it"}
 EDGES = {"aligned on the left with": "left", "aligned on the right with": "right", "aligned in front with": "front",
          "aligned at the back with": "back"}
 LEVEL = ("are aligned", "line up", "are level")
@@ -81,7 +82,8 @@ def render(scene: Scene, relations: Sequence[Relation], id: str,
     ``like``, in relation words, articles and the order of objects alone.
 
     Args:
-        scene: of the prompt. relations: one clause each, in this order. id: of the prompt, or of the one it was made of.
+        scene: of the prompt. relations: one clause each, in this order. id: of the prompt, or of the one it was made
+            of.
         like: the relations of the prompt that an edited one was made of; its clauses lean on each other as theirs do.
     """
     text = _clauses(scene, relations, id, manners_of(like or relations))
@@ -116,8 +118,8 @@ def _clauses(scene: Scene, relations: Sequence[Relation], id: str, manners: Sequ
 def manners_of(relations: Sequence[Relation]) -> tuple[str, ...]:
     """How each clause leans on the one before it.
 
-    `IT` where it puts a new thing beside what that one was about, `ALSO` where it says one more thing of the same subject,
-    else "". The objects of a clause that leans, or is leant on, cannot be exchanged without another wording.
+    `IT` where it puts a new thing beside what that one was about, `ALSO` where it says one more thing of the same
+    subject, else "". The objects of a clause that leans, or is leant on, cannot be exchanged without another wording.
     """
     found, seen = [""], set(relations[0].names)
     for before, relation in itertools.pairwise(relations):
@@ -143,7 +145,8 @@ def _opener(stage: Stage, first: Relation, pick: int) -> str:
     return f"{stage.place}, "
 
 
-def _clause(relation: Relation, stage: Stage, seen: set[str], picks: Sequence[int], *, manner: str, inverted: bool) -> str:
+def _clause(relation: Relation, stage: Stage, seen: set[str], picks: Sequence[int], *, manner: str,
+            inverted: bool) -> str:
     """A clause without its capital and its full stop; what it names is put into ``seen``."""
     def mention(name: str) -> str:
         if name in seen:

@@ -69,7 +69,14 @@ class TinyPainter:
         return self._scene(prompt, np.random.default_rng(seed))
 
     def generate(self, *, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
-        """One 64 x 64 picture per prompt; a prompt and a seed always give the same picture."""
+        """One 64 x 64 picture per prompt; a prompt and a seed always give the same picture.
+
+        Raises:
+            ValueError: a prompt is not about the tabletop world.
+        """
+        if strange := next((p for p in prompts if p.scene not in SCENES), None):
+            raise ValueError(f"prompt {strange.id} is about a {strange.scene}, and the tiny painter draws the tabletop "
+                             "world alone; write prompts with data.writer=tiny-grammar")
         rngs = [np.random.default_rng(seed) for seed in seeds]
         return [Image.fromarray(paint(self._scene(p, rng), rng)) for p, rng in zip(prompts, rngs, strict=True)]
 

@@ -1,0 +1,102 @@
+"""Prompts and their perturbations as files of JSON lines, written one after another and continued where they end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spatialt2i.core.config import DataConfig
+from spatialt2i.core.protocols import Writer
+from spatialt2i.core.run import RunError, progress
+from spatialt2i.core.store import append_jsonl, read_jsonl
+from spatialt2i.core.types import Prompt
+from spatialt2i.data.stages import UNPERTURBED, perturb_prompts, write_prompts
+
+_CHUNK = 250  # rows written at a time, which is what a killed process may lose
+_EXAMPLES = 20
+
+
+def write_prompt_file(writer: Writer, *, config: DataConfig, seed: int, path: Path) -> dict[str, Any]:
+    """``config.pairs`` prompts, one JSON object a line: id, text, scene, relations. No two have the same text.
+
+    A file that is there already is continued.
+
+    Returns:
+        ``prompts``, ``relations_distance`` (total variation between the numbers of relations and ``config.relations``),
+        ``words`` (``min``, ``mode``, ``mean``, ``max`` per prompt), ``scenes``, and ``examples``, some texts.
+
+    Raises:
+        RunError: the file was written with other settings.
+        DiskFull: no space left; what is written stays.
+    """
+    taken: set[str] = set()
+
+    def rows(indices: range) -> list[dict[str, Any]]:
+        return [p.to_json() for p in write_prompts(writer, indices=indices, config=config, seed=seed, taken=taken)]
+
+    written = _extend(path, config.pairs, rows, desc="prompts", seen=lambda row: taken.add(row["text"]))
+    return _describe([Prompt.from_json(row) for row in written], config.relations)
+
+
+def write_pair_file(writer: Writer, prompts: Path, *, config: DataConfig, seed: int, path: Path) -> dict[str, Any]:
+    """For each prompt of a file a line: ``perfect``, ``perturbed`` and ``edits``.
+
+    The last two are null where no edit was found. A file that is there already is continued.
+
+    Returns:
+        ``pairs``, ``no satisfiable edit`` (prompts without a perturbation), ``edits`` by kind, ``dependent_edits``, and
+        ``perturbations`` by number.
+
+    Raises:
+        RunError: the file was written with other settings, or of other prompts.
+        CorruptData: ``prompts`` is damaged.
+        DiskFull: no space left; what is written stays.
+    """
+    given = [Prompt.from_json(row) for row in read_jsonl(prompts)]
+
+    def rows(indices: range) -> list[dict[str, Any]]:
+        part = given[indices.start:indices.stop]
+        found = perturb_prompts(writer, part, config=config, seed=seed)
+        return [pair.to_json() if pair else {"perfect": prompt.to_json(), "perturbed": None, "edits": None}
+                for prompt, pair in zip(part, found, strict=True)]
+
+    written = [row for row in _extend(path, len(given), rows, desc="perturbed prompts") if row["edits"] is not None]
+    edits = [edit for row in written for edit in row["edits"]]
+    asked = [sum(not e["dependent"] for e in row["edits"]) for row in written]
+    return {"pairs": len(written), UNPERTURBED: len(given) - len(written),
+            "edits": dict(Counter(e["kind"] for e in edits if not e["dependent"]).most_common()),
+            "dependent_edits": sum(e["dependent"] for e in edits),
+            "perturbations": {str(n): k for n, k in sorted(Counter(asked).items())}}
+
+
+def _extend(path: Path, total: int, rows: Callable[[range], list[dict[str, Any]]], *, desc: str,
+            seen: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
+    """The first ``total`` rows of a file, those that are missing added to it."""
+    found = list(read_jsonl(path))[:total] if path.exists() else []
+    if found and rows(range(1)) != found[:1]:
+        raise RunError(f"{path}: was written with other settings; name another file with --out, or delete this one")
+    for row in found:
+        seen(row)
+    with progress(total, desc=desc, initial=len(found)) as bar:
+        while len(found) < total:
+            new = rows(range(len(found), min(len(found) + _CHUNK, total)))
+            append_jsonl(path, *new)
+            found += new
+            bar.update(len(new))
+    return found
+
+
+def _describe(prompts: Sequence[Prompt], relations: Sequence[float]) -> dict[str, Any]:
+    words = np.array([len(p.text.split()) for p in prompts])
+    wanted = np.array(relations) / sum(relations)
+    counts = np.bincount([len(p.relations) for p in prompts], minlength=len(wanted) + 1)[1:] / len(prompts)
+    picked = np.random.default_rng(0).permutation(len(prompts))[:_EXAMPLES]
+    return {"prompts": len(prompts), "relations_distance": float(np.abs(counts - wanted).sum() / 2),
+            "words": {"min": int(words.min()), "mode": int(np.bincount(words).argmax()),
+                      "mean": round(float(words.mean()), 1), "max": int(words.max())},
+            "scenes": dict(Counter(p.scene for p in prompts).most_common()),
+            "examples": [prompts[i].text for i in picked]}
