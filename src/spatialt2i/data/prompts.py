@@ -98,7 +98,7 @@ class _Layout:
         """A new thing: on the ground, on a piece of furniture, under one, on the wall, or at an edge."""
         bearing = [name for name, plane in self.planes.items() if plane == "ground" and thing_of(name).bears]
         roll = self.rng.random()
-        if self.scene.wall and roll < 0.12:
+        if roll < 0.12 and any(kind not in self.kinds for kind in self.scene.wall):
             name, below = self._new(self.scene.wall), self._any("ground")
             hung = [other for other, plane in self.planes.items() if plane == "wall"]
             predicate, other = ("above", below) if not hung or self.rng.random() < 0.5 else (
@@ -118,7 +118,7 @@ class _Layout:
             name = self._new(kinds)
             if plane == "ground" and self.rng.random() < 0.14:
                 self._add(Relation(self._spot(thing_of(name)), name), plane)
-            elif self._add(self._beside(name, plane), plane) and len(self.relations) < n and self.rng.random() < 0.8:
+            elif self._add(self._beside(name, plane), plane) and len(self.relations) < n and self.rng.random() < 0.95:
                 # one more thing is said of it in the same breath, if something true is found
                 any(self._add(Relation(self._pick(_SIDES), name, (self._any(plane),))) for _ in range(4))
 
@@ -131,7 +131,7 @@ class _Layout:
             if len(others) > 1:
                 return Relation(predicate, name, tuple(self.rng.permutation(others)[:2].tolist()))
             predicate = self._pick(_SIDES)
-        return Relation(predicate, name, (others[-1] if self.rng.random() < 0.4 else self._pick(others),))
+        return Relation(predicate, name, (others[-1] if self.rng.random() < 0.5 else self._pick(others),))
 
     def _say_more(self) -> None:
         """One more relation of two things that are there."""

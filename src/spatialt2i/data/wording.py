@@ -15,10 +15,10 @@ from spatialt2i.data.vocabulary import Scene, thing_of
 
 # Those of one row are aligned, so that an edited relation keeps its phrasing.
 PHRASES: dict[str, tuple[str, ...]] = {
-    "left of": ("to the left of", "left of", "just left of", "left of"),
-    "right of": ("to the right of", "right of", "just right of", "right of"),
+    "left of": ("to the left of", "left of", "left of", "left of"),
+    "right of": ("to the right of", "right of", "right of", "right of"),
     "in front of": ("in front of", "in front of", "in front of", "just in front of"),
-    "behind": ("behind", "behind", "just behind", "right behind"),
+    "behind": ("behind", "behind", "behind", "right behind"),
     "above": ("above", "above", "above", "directly above"),
     "below": ("below", "below", "below", "directly below"),
     "on": ("on", "on top of", "on", "on top of"), "under": ("under", "underneath", "under", "underneath"),
