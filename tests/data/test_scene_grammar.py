@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 
@@ -10,6 +11,7 @@ import pytest
 
 from spatialt2i.core.config import DataConfig
 from spatialt2i.core.types import Pair, Prompt, Relation
+from spatialt2i.data import prompts as prompts_module
 from spatialt2i.data.consistency import PLACES, PREDICATES, contradiction
 from spatialt2i.data.perturb import alternatives, applied
 from spatialt2i.data.prompts import MAX_RELATIONS, SceneWriter
@@ -105,6 +107,14 @@ def test_sentences_are_whole(prompts: list[Prompt]) -> None:
 def test_a_number_of_relations_out_of_range_is_refused(n: int) -> None:
     with pytest.raises(ValueError, match=rf"n_relations must be 1..12, got {n}"):
         WRITER.write(id="x", n_relations=n, seed=0)
+
+
+def test_a_place_whose_things_are_all_named_still_gets_its_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pantry = scenes()["pantry"]
+    bare = dataclasses.replace(pantry, floor=pantry.floor[:7], wall=pantry.wall[:1])
+    monkeypatch.setattr(prompts_module, "scenes", lambda: {"pantry": bare})
+    for seed in range(60):
+        assert len(WRITER.write(id=f"bare{seed}", n_relations=9, seed=seed).relations) == 9
 
 
 def test_it_is_what_the_clause_before_was_about() -> None:

@@ -7,6 +7,8 @@ everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from spatialt2i.core.types import Pair, Prompt, Relation
@@ -70,11 +72,10 @@ class _Layout:
         self.scene, self.stage, self.rng = scene, stage, rng
         self.relations: list[Relation] = []
         self.planes: dict[str, str] = {}  # name -> "ground", "wall", or what it stands on
-        self.kinds: set[str] = {stage.ground}
 
     def grow(self, n: int) -> list[Relation] | None:
         """``n`` relations, or None where this beginning has no such end."""
-        anchor = self._new(self.scene.top if self.stage.surface else self.scene.floor)
+        anchor = self._named(self._pick(self._free(self.scene.top if self.stage.surface else self.scene.floor)))
         self.planes[anchor] = "ground"
         if self.rng.random() < 0.75 or n == 1:
             self._add(Relation(self._spot(thing_of(anchor)), anchor))
@@ -98,8 +99,8 @@ class _Layout:
         """A new thing: on the ground, on a piece of furniture, under one, on the wall, or at an edge."""
         bearing = [name for name, plane in self.planes.items() if plane == "ground" and thing_of(name).bears]
         roll = self.rng.random()
-        if roll < 0.12 and any(kind not in self.kinds for kind in self.scene.wall):
-            name, below = self._new(self.scene.wall), self._any("ground")
+        if roll < 0.12 and (kinds := self._free(self.scene.wall)):
+            name, below = self._named(self._pick(kinds)), self._any("ground")
             hung = [other for other, plane in self.planes.items() if plane == "wall"]
             predicate, other = ("above", below) if not hung or self.rng.random() < 0.5 else (
                 self._pick(("left of", "right of")), hung[-1])
@@ -107,15 +108,16 @@ class _Layout:
         elif bearing and roll < 0.4 and not self.stage.surface:
             other = self._pick(bearing)
             under = self.rng.random() < 0.2
-            options = [n for n in (self.scene.floor if under else self.scene.top)
-                       if n not in self.kinds and (not under or things()[n].verb in _SMALL)]
-            if options:
-                self._add(Relation("under" if under else "on", self._new(options), (other,)),
-                          f"{'under' if under else 'on'} {other}")
+            kinds = self._free(self.scene.floor if under else self.scene.top)
+            if kinds := [kind for kind in kinds if not under or things()[kind].verb in _SMALL]:
+                predicate = "under" if under else "on"
+                self._add(Relation(predicate, self._named(self._pick(kinds)), (other,)), f"{predicate} {other}")
         else:
             plane = self._pick([p for p in self.planes.values() if p != "wall" and not p.startswith("under")])
-            kinds = self.scene.floor if plane == "ground" and not self.stage.surface else self.scene.top
-            name = self._new(kinds)
+            kinds = self._free(self.scene.floor if plane == "ground" and not self.stage.surface else self.scene.top)
+            if not kinds:
+                return
+            name = self._named(self._pick(kinds))
             if plane == "ground" and self.rng.random() < 0.14:
                 self._add(Relation(self._spot(thing_of(name)), name), plane)
             elif self._add(self._beside(name, plane), plane) and len(self.relations) < n and self.rng.random() < 0.95:
@@ -157,11 +159,13 @@ class _Layout:
         spots = (*_CORNERS, *(_WALLED if inside else _EDGES))
         return "in the centre" if self.rng.random() < 0.45 else self._pick(spots)
 
-    def _new(self, kinds: tuple[str, ...] | list[str]) -> str:
-        """A full name of a thing of a kind that is not there yet, with its finish and sometimes a colour."""
-        free = [k for k in kinds if k not in self.kinds]
-        kind = self._pick(free)
-        self.kinds.add(kind)
+    def _free(self, kinds: Sequence[str]) -> list[str]:
+        """The kinds of things of which none is there."""
+        taken = {self.stage.ground, *(thing_of(name).name for name in self.planes)}
+        return [kind for kind in kinds if kind not in taken]
+
+    def _named(self, kind: str) -> str:
+        """A full name for a thing of a kind, sometimes with its finish or a colour."""
         thing = things()[kind]
         roll = self.rng.random()
         if thing.tinted and roll < 0.3:
@@ -171,5 +175,5 @@ class _Layout:
     def _any(self, plane: str) -> str:
         return self._pick([name for name, p in self.planes.items() if p == plane])
 
-    def _pick(self, options: tuple[str, ...] | list[str]) -> str:
+    def _pick(self, options: Sequence[str]) -> str:
         return options[int(self.rng.integers(len(options)))]
