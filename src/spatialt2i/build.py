@@ -54,22 +54,16 @@ def data_build(config: Config, run: RunDir) -> dict[str, Any]:
     return _stage(run, "data", _key(config, "data"), work, outputs=("data/data", "data/statistics.json"))
 
 
-def data_prompts(config: Config, run: None, *, writer: str | None, count: int | None, seed: int | None,
-                 out: Path) -> dict[str, Any]:
-    """Prompts alone, as JSON lines in ``out``; the options stand for data.writer, data.pairs and seed."""
+def data_prompts(config: Config, run: RunDir | None, *, out: Path) -> dict[str, Any]:
+    """Prompts alone, as JSON lines in ``out``."""
     from spatialt2i.data.files import write_prompt_file
-    data = dataclasses.replace(config.data, writer=writer or config.data.writer, pairs=count or config.data.pairs)
-    chosen = dataclasses.replace(config, data=data, seed=config.seed if seed is None else seed)
-    return write_prompt_file(make_writer(chosen), config=data, seed=chosen.seed, path=out)
+    return write_prompt_file(make_writer(config), config=config.data, seed=config.seed, path=out)
 
 
-def data_perturb(config: Config, run: None, *, prompts: Path, writer: str | None, seed: int | None,
-                 out: Path) -> dict[str, Any]:
+def data_perturb(config: Config, run: RunDir | None, *, prompts: Path, out: Path) -> dict[str, Any]:
     """A perturbed prompt, and its edits, for each line of ``prompts``, as JSON lines in ``out``."""
     from spatialt2i.data.files import write_pair_file
-    data = dataclasses.replace(config.data, writer=writer or config.data.writer)
-    chosen = dataclasses.replace(config, data=data, seed=config.seed if seed is None else seed)
-    return write_pair_file(make_writer(chosen), prompts, config=data, seed=chosen.seed, path=out)
+    return write_pair_file(make_writer(config), prompts, config=config.data, seed=config.seed, path=out)
 
 
 def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
@@ -246,9 +240,11 @@ def data_parts(config: Config) -> tuple[Writer, Generator, Verifier]:
 
 def make_writer(config: Config) -> Writer:
     """``data.writer``."""
-    from spatialt2i.data.prompts import SceneWriter
+    if config.data.writer == "grammar":
+        from spatialt2i.data.prompts import SceneWriter
+        return SceneWriter()
     from spatialt2i.tiny.grammar import TinyWriter
-    return {"tiny-grammar": TinyWriter, "grammar": SceneWriter}[config.data.writer]()
+    return TinyWriter()
 
 
 def make_painter(config: Config) -> Generator:

@@ -71,12 +71,13 @@ SAMPLE_OPTIONS = (
     click.Option(["--base"], is_flag=True, help="Draw with the model as it was before Spatial-RL."),
     click.Option(["--out"], type=click.Path(path_type=Path), help="Folder of the pictures; default: RUN/samples."),
 )
-WRITER = click.Option(["--writer"], help="Who writes: tiny-grammar or grammar; default: data.writer.")
-SEED = click.Option(["--seed"], type=int, help="Default: the config's.")
+STANDS_FOR = {"data_writer": "data.writer", "data_pairs": "data.pairs", "any_seed": "seed"}  # options for settings
+WRITER = click.Option(["--writer", "data_writer"], help="Who writes; the same as data.writer=...")
+SEED = click.Option(["--seed", "any_seed"], help="The same as seed=...")
 OUT = click.Option(["--out"], type=click.Path(path_type=Path), required=True,
                    help="File of JSON lines; continued where it ends.")
 PROMPT_OPTIONS = (
-    WRITER, click.Option(["--count"], type=click.IntRange(1), help="How many prompts; default: data.pairs."), SEED, OUT)
+    WRITER, click.Option(["--count", "data_pairs"], help="How many; the same as data.pairs=..."), SEED, OUT)
 PERTURB_OPTIONS = (
     click.Option(["--prompts"], type=click.Path(path_type=Path, exists=True), required=True,
                  help="A file that `data prompts` wrote."), WRITER, SEED, OUT)
@@ -164,14 +165,16 @@ def _run_command(stage: Stage, given: dict[str, Any]) -> None:
     _show_log()
     try:
         own = run / "config.toml" if run and is_run(run) else None
-        config = load_config(preset or own or stage.preset, given["overrides"])
+        named = [f"{setting}={given[name]}" for name, setting in STANDS_FOR.items() if given.get(name) is not None]
+        config = load_config(preset or own or stage.preset, [*given["overrides"], *named])
         read = [*given.get("beside", ()), *([run] if run and (stage.reads or not stage.makes_run) else [])]
         for path in read:
             if not is_run(path):
                 raise RunError(f"{path}: not a run folder; expected one that a stage of spatialt2i made")
         if_exists = given.get("if_exists", "resume")
         opened = RunDir.open(run, config, if_exists, stages=stage.folders) if run else None
-        figures = _function(stage)(config, opened, **{o.name: given[o.name] for o in stage.options})
+        figures = _function(stage)(config, opened, **{
+            o.name: given[o.name] for o in stage.options if o.name not in STANDS_FOR})
         _show(figures, given["json_file"], _card(opened) if stage.card else None)
     except KeyboardInterrupt:
         again = f"; go on with: spatialt2i {stage.name} --run {run}" if stage.makes_run else ""

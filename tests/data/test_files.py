@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from spatialt2i import build
-from spatialt2i.core.config import Config, DataConfig
+from spatialt2i.cli import command_line
+from spatialt2i.core.config import DataConfig
+from spatialt2i.core.protocols import Writer
 from spatialt2i.core.run import RunError
 from spatialt2i.core.store import read_jsonl
 from spatialt2i.core.types import Pair, Prompt
 from spatialt2i.data import files
 from spatialt2i.data.files import write_pair_file, write_prompt_file
 from spatialt2i.data.prompts import SceneWriter
+from spatialt2i.data.stages import write_prompts
 from spatialt2i.tiny.grammar import TinyWriter
 
 CONFIG = DataConfig(pairs=300)
@@ -82,9 +86,56 @@ def test_figures_tell_how_far_it_is_from_the_papers_histogram(tmp_path: Path) ->
     assert len(figures["examples"]) == files._EXAMPLES and json.dumps(figures)
 
 
+def test_settings_that_only_show_later_in_the_file_are_noticed(tmp_path: Path) -> None:
+    """Both begin with prompts of three relations."""
+    path, three = tmp_path / "p.jsonl", dataclasses.replace(CONFIG, relations=(0, 0, 1))
+    write_prompt_file(SceneWriter(), config=three, seed=0, path=path)
+    rare = dataclasses.replace(CONFIG, relations=(0, 0, 1, 0.05))
+    written = write_prompts(SceneWriter(), indices=range(300), config=rare, seed=0)
+    assert written[0].to_json() == next(iter(read_jsonl(path)))
+    with pytest.raises(RunError, match="was written with other settings"):
+        write_prompt_file(SceneWriter(), config=rare, seed=0, path=path)
+
+
+def test_a_file_that_is_longer_is_refused(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(whole[0].read_bytes())
+    with pytest.raises(RunError, match="has 300 lines already, 100 are asked for; name another file with --out"):
+        write_prompt_file(SceneWriter(), config=dataclasses.replace(CONFIG, pairs=100), seed=0, path=path)
+    assert path.read_bytes() == whole[0].read_bytes()
+
+
+def test_a_writer_that_knows_no_more_texts_says_so(tmp_path: Path) -> None:
+    class Parrot(SceneWriter):
+        def write(self, *, id: str, n_relations: int, seed: int) -> Prompt:
+            return super().write(id="always", n_relations=3, seed=seed % 5)
+
+    with pytest.raises(ValueError, match=r"finds no new prompt with \d+ relations beside 5 others; ask for fewer"):
+        write_prompt_file(Parrot(), config=CONFIG, seed=0, path=tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(TinyWriter(), SceneWriter()), (SceneWriter(), TinyWriter())])
+def test_prompts_of_another_writer_are_refused(theirs: Writer, ours: Writer, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    write_prompt_file(theirs, config=dataclasses.replace(CONFIG, pairs=3), seed=0, path=path)
+    with pytest.raises(ValueError, match="prompt '0-0' is about '.+', which is no place of .+; name the writer"):
+        write_pair_file(ours, path, config=CONFIG, seed=0, path=tmp_path / "q.jsonl")
+
+
+def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").touch()
+    with pytest.raises(ValueError, match="no prompts in it, expected a file that `data prompts` wrote"):
+        write_pair_file(SceneWriter(), tmp_path / "p.jsonl", config=CONFIG, seed=0, path=tmp_path / "q.jsonl")
+
+
 def test_the_options_choose_writer_count_and_seed(tmp_path: Path) -> None:
     out, pairs = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    build.data_prompts(Config(), None, writer="grammar", count=12, seed=5, out=out)
-    figures = build.data_perturb(Config(), None, prompts=out, writer="grammar", seed=5, out=pairs)
+    run = functools.partial(CliRunner().invoke, command_line(), catch_exceptions=False)
+    chosen = ["--writer", "grammar", "--seed", "5"]
+    assert run(["data", "prompts", *chosen, "--count", "12", "--out", str(out)]).exit_code == 0
+    done = run(["data", "perturb", *chosen, "--prompts", str(out), "--out", str(pairs), "--json", "-"])
+    figures = json.loads(done.stdout)
     assert figures["pairs"] + figures["no satisfiable edit"] == 12
     assert [row["id"] for row in read_jsonl(out)] == [f"5-{i}" for i in range(12)]
+    wrong = run(["data", "prompts", "--writer", "novelist", "--out", str(tmp_path / "c.jsonl")])
+    assert wrong.exit_code == 2 and "data.writer" in wrong.stderr and "grammar" in wrong.stderr

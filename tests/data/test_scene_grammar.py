@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from spatialt2i.core.config import DataConfig
-from spatialt2i.core.types import Pair, Prompt, Relation
+from spatialt2i.core.types import Pair, Prompt, Relation, applied
 from spatialt2i.data import prompts as prompts_module
-from spatialt2i.data.consistency import PLACES, PREDICATES, contradiction
-from spatialt2i.data.perturb import alternatives, applied
+from spatialt2i.data.consistency import PREDICATES, contradiction
+from spatialt2i.data.perturb import alternatives
 from spatialt2i.data.prompts import MAX_RELATIONS, SceneWriter
 from spatialt2i.data.stages import perturb_prompts, write_prompts
 from spatialt2i.data.vocabulary import scenes, thing_of, things
@@ -61,7 +61,7 @@ def test_every_thing_is_somewhere_and_has_a_look() -> None:
 def test_a_name_tells_the_thing() -> None:
     assert thing_of("blue enamel kettle").name == "kettle"
     assert thing_of("brown pair of slippers").name == "pair of slippers"
-    with pytest.raises(KeyError, match="no object of objects.toml"):
+    with pytest.raises(ValueError, match="no object of objects.toml"):
         thing_of("blue unicorn")
 
 
@@ -75,11 +75,11 @@ def test_prompts_have_the_relations_asked_for_and_follow_from_seeds(prompts: lis
         "below", "aligned in front with", "aligned at the back with"}
 
 
-def test_texts_have_the_papers_lengths_and_name_everything_once_with_its_looks(prompts: list[Prompt]) -> None:
+def test_texts_have_the_papers_lengths_and_name_everything_with_its_looks(prompts: list[Prompt]) -> None:
     for p in prompts:
         assert SHORTEST <= len(p.text.split()) <= LONGEST
         for name in p.objects:
-            assert len(re.findall(rf"\b{re.escape(name)}\b", p.text)) >= 1, (name, p.text)
+            assert re.search(rf"\b{re.escape(name)}\b", p.text), (name, p.text)
         kinds = [thing_of(name).name for name in p.objects]
         assert len(set(kinds)) == len(kinds), "two of a kind could not be told apart"
         assert stage_of(scenes()[p.scene], p.id).place in p.text[0].lower() + p.text[1:]
@@ -177,8 +177,8 @@ def test_flips_are_carried_through() -> None:
                  Relation("left of", "floor lamp", ("armchair",)))
     prompt = Prompt("p", render(scenes()["living room"], relations, "p"), "living room", relations)
     seen = [WRITER.perturb(prompt=prompt, n_edits=1, seed=seed) for seed in range(60)]
-    assert all(contradiction(p.perturbed.relations) is None for p in seen if p)
-    assert any(e.dependent for p in seen if p for e in p.edits)
+    assert None not in seen and all(contradiction(p.perturbed.relations) is None for p in seen)
+    assert any(e.dependent for p in seen for e in p.edits)
 
 
 def test_too_few_relations_give_no_pair() -> None:
@@ -186,7 +186,7 @@ def test_too_few_relations_give_no_pair() -> None:
     prompt = Prompt("p", render(scenes()["kitchen"], relations, "p"), "kitchen", relations)
     assert WRITER.perturb(prompt=prompt, n_edits=2, seed=0) is None
     moved = WRITER.perturb(prompt=prompt, n_edits=1, seed=0)
-    assert moved is None or moved.edits[0].after.predicate in PLACES
+    assert moved is None, "whatever is no longer in the centre might be anywhere"
 
 
 def test_things_that_hang_are_not_put_on_the_floor() -> None:

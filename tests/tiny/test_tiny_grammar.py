@@ -9,8 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from spatialt2i.core.types import Pair, Relation
-from spatialt2i.tiny.grammar import MAX_RELATIONS, TinyWriter, alternatives, applied
+from spatialt2i.core.types import Pair, Relation, applied
+from spatialt2i.tiny.grammar import MAX_RELATIONS, TinyWriter, alternatives
 from spatialt2i.tiny.layout import solve
 from spatialt2i.tiny.phrases import OPENERS, PHRASES, render
 from spatialt2i.tiny.world import OBJECTS, PREDICATES, SCENES, margin

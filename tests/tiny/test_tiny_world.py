@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from spatialt2i.core.types import Relation
+from spatialt2i.core.types import Relation, applied
 from spatialt2i.tiny.bounds import bounds
-from spatialt2i.tiny.grammar import TinyWriter, _edits, alternatives, applied
+from spatialt2i.tiny.grammar import TinyWriter, _edits, alternatives
 from spatialt2i.tiny.layout import solve
 from spatialt2i.tiny.world import ARITY, MARGIN, MARGINS, PREDICATES, SHAPES, SIDES, Box, apart, covers, margin, outline
 

@@ -120,6 +120,12 @@ class Edit:
                    Relation.from_json(value["after"]), value["dependent"])
 
 
+def applied(relations: Sequence[Relation], edits: Sequence[Edit]) -> tuple[Relation, ...]:
+    """The relations after the edits."""
+    changed = {e.index: e.after for e in edits}
+    return tuple(changed.get(i, r) for i, r in enumerate(relations))
+
+
 @dataclass(frozen=True)
 class Pair:
     """A perfect prompt, the same prompt with only relations changed, and the changes."""

@@ -8,6 +8,7 @@ end. This is what texts can be checked for without a picture; it says nothing of
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -33,6 +34,7 @@ PLACES: dict[str, tuple[tuple[str, str], ...]] = {
 # whose edges are level, on which axis
 ALIGNED: dict[str, str] = {"aligned on the left with": "across", "aligned on the right with": "across",
                            "aligned in front with": "depth", "aligned at the back with": "depth"}
+SIDES = ("left of", "right of", "in front of", "behind")  # of something that stands on the same ground
 MIDDLES = ("between", "midway between")  # across or in depth, whichever way round
 NEAR = ("next to",)  # orders nothing
 PREDICATES = (*ORDERS, *PLACES, *ALIGNED, *MIDDLES, *NEAR)
@@ -78,13 +80,8 @@ def _readings(relation: Relation) -> Iterator[tuple[tuple[str, str, str], ...]]:
 def _circle(relations: Sequence[Relation], orders: Sequence[tuple[str, str, str]]) -> str | None:
     """An object that is part of a circle, or beyond an end; None where there is none."""
     for axis in AXES:
-        level: dict[str, str] = {}
-
-        def place(name: str, level: dict[str, str] = level) -> str:
-            while name in level:
-                name = level[name]
-            return name
-
+        level: dict[str, str] = {}  # name -> one that is level with it, nearer to what names the class
+        place = functools.partial(_class_of, level)
         after: dict[str, set[str]] = {_LOW: {_MIDDLE}, _MIDDLE: {_HIGH}, _HIGH: set()}
         edges = [(first, last) for where, first, last in orders if where == axis]
         for r in relations:
@@ -107,6 +104,13 @@ def _circle(relations: Sequence[Relation], orders: Sequence[tuple[str, str, str]
         if found := _on_a_circle(after):
             return next(name for name in (found, *level) if not name.startswith("\0") and place(name) == found)
     return None
+
+
+def _class_of(level: dict[str, str], name: str) -> str:
+    """What names the class of all that is level with a name."""
+    while name in level:
+        name = level[name]
+    return name
 
 
 def _on_a_circle(after: dict[str, set[str]]) -> str | None:

@@ -30,7 +30,7 @@ def write_prompt_file(writer: Writer, *, config: DataConfig, seed: int, path: Pa
         ``words`` (``min``, ``mode``, ``mean``, ``max`` per prompt), ``scenes``, and ``examples``, some texts.
 
     Raises:
-        RunError: the file was written with other settings.
+        RunError: the file was written with other settings, or is longer.
         DiskFull: no space left; what is written stays.
     """
     taken: set[str] = set()
@@ -52,11 +52,14 @@ def write_pair_file(writer: Writer, prompts: Path, *, config: DataConfig, seed: 
         ``perturbations`` by number.
 
     Raises:
-        RunError: the file was written with other settings, or of other prompts.
+        RunError: the file was written with other settings, or of other prompts, or is longer.
         CorruptData: ``prompts`` is damaged.
+        ValueError: it is empty, or its prompts are another writer's.
         DiskFull: no space left; what is written stays.
     """
     given = [Prompt.from_json(row) for row in read_jsonl(prompts)]
+    if not given:
+        raise ValueError(f"{prompts}: no prompts in it, expected a file that `data prompts` wrote")
 
     def rows(indices: range) -> list[dict[str, Any]]:
         part = given[indices.start:indices.stop]
@@ -75,10 +78,14 @@ def write_pair_file(writer: Writer, prompts: Path, *, config: DataConfig, seed: 
 
 def _extend(path: Path, total: int, rows: Callable[[range], list[dict[str, Any]]], *, desc: str,
             seen: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
-    """The first ``total`` rows of a file, those that are missing added to it."""
-    found = list(read_jsonl(path))[:total] if path.exists() else []
-    if found and rows(range(1)) != found[:1]:
-        raise RunError(f"{path}: was written with other settings; name another file with --out, or delete this one")
+    """The ``total`` rows of a file, those that are missing added to it."""
+    found = list(read_jsonl(path)) if path.exists() else []
+    elsewhere = "name another file with --out, or delete this one"
+    if len(found) > total:
+        raise RunError(f"{path}: has {len(found)} lines already, {total} are asked for; {elsewhere}")
+    first = found[:_CHUNK]
+    if rows(range(len(first))) != first:
+        raise RunError(f"{path}: was written with other settings; {elsewhere}")
     for row in found:
         seen(row)
     with progress(total, desc=desc, initial=len(found)) as bar:

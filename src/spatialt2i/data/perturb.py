@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spatialt2i.core.types import Edit, Pair, Prompt, Relation
-from spatialt2i.data.consistency import ALIGNED, MIDDLES, PLACES, contradiction
+from spatialt2i.core.types import Edit, Pair, Prompt, Relation, applied
+from spatialt2i.data.consistency import ALIGNED, MIDDLES, PLACES, SIDES, contradiction
 from spatialt2i.data.vocabulary import scenes, thing_of
 from spatialt2i.data.wording import manners_of, render
 
 _ATTEMPTS = 16  # choices of edits before a prompt counts as one that cannot be perturbed
-_SIDES = ("left of", "right of", "in front of", "behind")
 
 
 def _mirrored(predicate: str) -> str:
@@ -37,7 +36,13 @@ def perturb(prompt: Prompt, *, n_edits: int, seed: int) -> Pair | None:
     Returns:
         The pair, whose texts differ in relation words, articles and the order of objects alone; None where there are
         too few relations, or no edits without a contradiction were found.
+
+    Raises:
+        ValueError: the prompt is not of the scene grammar.
     """
+    if prompt.scene not in scenes():
+        raise ValueError(f"prompt {prompt.id!r} is about {prompt.scene!r}, which is no place of scenes.toml; name the "
+                         "writer that wrote it (data.writer)")
     rng, scene = np.random.default_rng(seed), scenes()[prompt.scene]
     manners = manners_of(prompt.relations)
     options = [alternatives(i, r, fixed=any(manners[i:i + 2])) for i, r in enumerate(prompt.relations)]
@@ -63,25 +68,19 @@ def alternatives(index: int, relation: Relation, fixed: bool = False) -> list[Ed
         found.append(Edit("flip", index, relation, Relation(OPPOSITE[p], a, others)))
     if p in DEPTH:
         found.append(Edit("depth", index, relation, Relation(DEPTH[p], a, others)))
-    if p in _SIDES or p == "above":
-        sides = _SIDES[:2] if any(hung) else _SIDES
+    if p in SIDES or p == "above":
+        sides = SIDES[:2] if any(hung) else SIDES
         found += [Edit("move", index, relation, Relation(q, a, others)) for q in sides if q not in (p, OPPOSITE.get(p))
                   and q != DEPTH.get(p)]
     if p in PLACES:
         kind = p.split()[0], p.split()[-1]
         alike = [q for q in PLACES if (q.split()[0], q.split()[-1]) == kind and q not in (p, OPPOSITE.get(p))]
         found += [Edit("move", index, relation, Relation(q, a)) for q in alike]
-    if p in _SIDES and not fixed and hung[0] == hung[1]:
+    if p in SIDES and not fixed and hung[0] == hung[1]:
         found.append(Edit("swap", index, relation, Relation(p, others[0], (a,))))
     if p in MIDDLES and not fixed:
         found += [Edit("swap", index, relation, Relation(p, others[i], (a, others[1 - i]))) for i in (0, 1)]
     return found
-
-
-def applied(relations: Sequence[Relation], edits: Sequence[Edit]) -> tuple[Relation, ...]:
-    """The relations after the edits."""
-    changed = {e.index: e.after for e in edits}
-    return tuple(changed.get(i, r) for i, r in enumerate(relations))
 
 
 def _one_of(options: Sequence[Edit], rng: np.random.Generator) -> Edit:

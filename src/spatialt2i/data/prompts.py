@@ -12,14 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from spatialt2i.core.types import Pair, Prompt, Relation
-from spatialt2i.data.consistency import ALIGNED, PLACES, contradiction
+from spatialt2i.data.consistency import ALIGNED, PLACES, SIDES, contradiction
 from spatialt2i.data.perturb import perturb
 from spatialt2i.data.vocabulary import COLOURS, Scene, Thing, scenes, thing_of, things
 from spatialt2i.data.wording import LONGEST, SHORTEST, Stage, render, stage_of
 
 MAX_RELATIONS = 12
 _ATTEMPTS = 50  # layouts of a prompt before giving up, which no seed was seen to need
-_SIDES = ("left of", "right of", "in front of", "behind")
 # how often a thing is put beside an earlier one in each way
 _LINKS = {"left of": 4, "right of": 4, "in front of": 2.5, "behind": 2.5, "next to": 1.5, "between": 1.5,
           "midway between": 0.7}
@@ -122,17 +121,17 @@ class _Layout:
                 self._add(Relation(self._spot(thing_of(name)), name), plane)
             elif self._add(self._beside(name, plane), plane) and len(self.relations) < n and self.rng.random() < 0.95:
                 # one more thing is said of it in the same breath, if something true is found
-                any(self._add(Relation(self._pick(_SIDES), name, (self._any(plane),))) for _ in range(4))
+                any(self._add(Relation(self._pick(SIDES), name, (self._any(plane),))) for _ in range(4))
 
     def _beside(self, name: str, plane: str) -> Relation:
-        """A relation of a new thing to earlier ones of the same plane; most often to the last two of them."""
+        """A relation of a new thing to earlier ones of the same plane; half of the time to the last of them."""
         others = [other for other, p in self.planes.items() if p == plane]
         weights = np.array(list(_LINKS.values()))
         predicate = list(_LINKS)[int(self.rng.choice(len(weights), p=weights / weights.sum()))]
         if predicate.endswith("between"):
             if len(others) > 1:
                 return Relation(predicate, name, tuple(self.rng.permutation(others)[:2].tolist()))
-            predicate = self._pick(_SIDES)
+            predicate = self._pick(SIDES)
         return Relation(predicate, name, (others[-1] if self.rng.random() < 0.5 else self._pick(others),))
 
     def _say_more(self) -> None:
@@ -142,7 +141,7 @@ class _Layout:
         if len(others) < 2:
             return
         a, b = self.rng.permutation(others)[:2].tolist()
-        before = [r for r in self.relations if r.predicate in ("in front of", "behind") and len(r.names) == 2]
+        before = [r for r in self.relations if r.predicate in ("in front of", "behind")]
         if before and self.rng.random() < 0.5:  # in a row from front to back, so their sides may be level
             r = before[int(self.rng.integers(len(before)))]
             level = [p for p, axis in ALIGNED.items() if axis == "across"]
@@ -151,7 +150,7 @@ class _Layout:
             if not told and not contradiction([*self.relations, relation]):
                 self.relations.append(relation)
             return
-        self._add(Relation(self._pick(_SIDES), a, (b,)))
+        self._add(Relation(self._pick(SIDES), a, (b,)))
 
     def _spot(self, thing: Thing) -> str:
         """Where on the ground a thing may be said to be."""

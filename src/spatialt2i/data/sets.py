@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,7 @@ from spatialt2i.core.config import BenchConfig, RLConfig
 from spatialt2i.core.protocols import Writer
 from spatialt2i.core.run import seed_of
 from spatialt2i.core.types import Prompt
+from spatialt2i.data.stages import fresh_prompt
 
 
 def evaluation_sets(writer: Writer, *, config: BenchConfig, seed: int) -> dict[str, list[Prompt]]:
@@ -18,8 +20,8 @@ def evaluation_sets(writer: Writer, *, config: BenchConfig, seed: int) -> dict[s
     sets: dict[str, list[Prompt]] = {}
     for name, size, relations in (("in_domain", config.in_domain_prompts, config.in_domain_relations),
                                   ("hard", config.hard_prompts, config.hard_relations)):
-        sets[name] = [fresh_prompt(writer, id=f"{name}-{i}", n_relations=relations[i % len(relations)], seed=seed,
-                                   taken=taken) for i in range(size)]
+        sets[name] = [_fresh(writer, id=f"{name}-{i}", n_relations=relations[i % len(relations)], seed=seed,
+                             taken=taken) for i in range(size)]
     return sets
 
 
@@ -31,22 +33,12 @@ def training_stream(writer: Writer, *, config: RLConfig, seed: int, avoid: set[s
         draws = np.random.default_rng(seed_of(seed, "rl-relations", step)).choice(
             len(weights), size=config.prompts_per_step, p=weights)
         taken = set(avoid)
-        return [fresh_prompt(writer, id=f"rl-{step}-{i}", n_relations=int(n) + 1, seed=seed, taken=taken)
+        return [_fresh(writer, id=f"rl-{step}-{i}", n_relations=int(n) + 1, seed=seed, taken=taken)
                 for i, n in enumerate(draws)]
 
     return prompts
 
 
-def fresh_prompt(writer: Writer, *, id: str, n_relations: int, seed: int, taken: set[str]) -> Prompt:
-    """A prompt whose text is not in ``taken``, which then has it.
-
-    Raises:
-        ValueError: no other text was found.
-    """
-    for attempt in range(1000):
-        prompt = writer.write(id=id, n_relations=n_relations, seed=seed_of(seed, "prompt", id, attempt))
-        if prompt.text not in taken:
-            taken.add(prompt.text)
-            return prompt
-    raise ValueError(f"the writer finds no new prompt with {n_relations} relations beside {len(taken)} others; ask for "
-                     "fewer prompts")
+def _fresh(writer: Writer, *, id: str, n_relations: int, seed: int, taken: set[str]) -> Prompt:
+    return fresh_prompt(writer, id=id, n_relations=n_relations, taken=taken,
+                        seeds=functools.partial(seed_of, seed, "prompt", id))

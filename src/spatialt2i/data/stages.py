@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,7 @@ from spatialt2i.core.types import Pair, Preference, Prompt, Verdict
 
 KEPT = "kept"
 UNPERTURBED = "no satisfiable edit"
+_ATTEMPTS = 1000  # texts in a row that are taken already, before a writer counts as exhausted
 _BATCH = 64  # pairs drawn and judged at a time, which bounds the memory of their pictures
 
 
@@ -24,20 +25,41 @@ def write_prompts(writer: Writer, *, indices: Sequence[int], config: DataConfig,
     """One prompt per candidate index; how many relations each has follows ``config.relations``.
 
     None has a text in ``taken``, which then has theirs.
+
+    Raises:
+        ValueError: the writer has no other texts.
     """
     weights = np.array(config.relations, dtype=np.float64) / sum(config.relations)
     prompts = []
     for i in indices:
         n = 1 + int(np.random.default_rng(seed_of(seed, "data-relations", i)).choice(len(weights), p=weights))
-        for attempt in itertools.count():
-            name = ("data-prompt", i, attempt) if attempt else ("data-prompt", i)
-            prompt = writer.write(id=f"{seed}-{i}", n_relations=n, seed=seed_of(seed, *name))
-            if taken is None or prompt.text not in taken:
-                break
-        if taken is not None:
-            taken.add(prompt.text)
-        prompts.append(prompt)
+        prompts.append(fresh_prompt(writer, id=f"{seed}-{i}", n_relations=n, taken=set() if taken is None else taken,
+                                    seeds=functools.partial(_prompt_seed, seed, i)))
     return prompts
+
+
+def fresh_prompt(writer: Writer, *, id: str, n_relations: int, seeds: Callable[[int], int], taken: set[str]) -> Prompt:
+    """A prompt whose text is not in ``taken``, which then has it.
+
+    Args:
+        writer, id, n_relations: see `Writer.write`.
+        seeds: of the first attempt (0), the second ...
+        taken: texts.
+
+    Raises:
+        ValueError: no other text was found.
+    """
+    for attempt in range(_ATTEMPTS):
+        prompt = writer.write(id=id, n_relations=n_relations, seed=seeds(attempt))
+        if prompt.text not in taken:
+            taken.add(prompt.text)
+            return prompt
+    raise ValueError(f"the writer finds no new prompt with {n_relations} relations beside {len(taken)} others; ask for "
+                     "fewer prompts")
+
+
+def _prompt_seed(seed: int, index: int, attempt: int) -> int:
+    return seed_of(seed, "data-prompt", index, *([attempt] if attempt else []))
 
 
 def perturb_prompts(writer: Writer, prompts: Sequence[Prompt], *, config: DataConfig, seed: int) -> list[Pair | None]:

@@ -73,10 +73,10 @@ def thing_of(name: str) -> Thing:
     """The kind of object that a full name, ``"blue enamel kettle"``, is about.
 
     Raises:
-        KeyError: it is none of ours.
+        ValueError: it is none of ours.
     """
     words = name.split()
     for start in range(len(words)):
         if (found := things().get(" ".join(words[start:]))) is not None:
             return found
-    raise KeyError(f"{name}: no object of objects.toml")
+    raise ValueError(f"{name}: no object of objects.toml")

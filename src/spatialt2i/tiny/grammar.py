@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from spatialt2i.core.run import seed_of
-from spatialt2i.core.types import Edit, Pair, Prompt, Relation
+from spatialt2i.core.types import Edit, Pair, Prompt, Relation, applied
 from spatialt2i.tiny.bounds import bounds
 from spatialt2i.tiny.layout import choose, overlapping, places, solve
 from spatialt2i.tiny.phrases import render
@@ -76,7 +76,13 @@ class TinyWriter:
 
         Returns:
             The pair, or None when no satisfiable edit was found.
+
+        Raises:
+            ValueError: the prompt is not about the tabletop.
         """
+        if prompt.scene not in SCENES:
+            raise ValueError(f"prompt {prompt.id!r} is about {prompt.scene!r}, which is no place of the tabletop; name "
+                             "the writer that wrote it (data.writer)")
         rng = np.random.default_rng(seed)
         for _ in range(_ATTEMPTS):
             edits = _edits(prompt.relations, n_edits, rng)
@@ -89,12 +95,6 @@ class TinyWriter:
             text = render(prompt.scene, relations, seed_of("style", prompt.id))
             return Pair(prompt, Prompt(f"{prompt.id}-p", text, prompt.scene, relations), tuple(edits))
         return None
-
-
-def applied(relations: Sequence[Relation], edits: Sequence[Edit]) -> tuple[Relation, ...]:
-    """The relations after the edits."""
-    changed = {e.index: e.after for e in edits}
-    return tuple(changed.get(i, r) for i, r in enumerate(relations))
 
 
 def _grow(n_relations: int, rng: np.random.Generator) -> list[Relation] | None:

@@ -277,4 +277,4 @@ def _judge(relation: Any, known: dict[str, bool], reasons: dict[str, str], found
         fa, fb = (found[n.split()[0]] for n in (a, b))
         boxes[a], boxes[b] = _with_depth(labels, fa, fb, index[a.split()[0]], index[b.split()[0]])
     value = float(margin(relation, boxes))
-    return (True, "") if value > 0 else (False, f"misplaced by {-value:.1f} pixels")
+    return (True, "") if value > 0 else (False, f"misplaced by {abs(value):.1f} pixels")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from spatialt2i.core.types import Prompt
-from spatialt2i.tiny.grammar import alternatives, applied
+from spatialt2i.core.types import Prompt, applied
+from spatialt2i.tiny.grammar import alternatives
 from spatialt2i.tiny.layout import solve
 from spatialt2i.tiny.world import COLOURS, SCENES, SIZE, Box, Scene, outline
 
