@@ -83,6 +83,7 @@ def test_figures_tell_how_far_it_is_from_the_papers_histogram(tmp_path: Path) ->
     figures = write_prompt_file(SceneWriter(), config=config, seed=0, path=tmp_path / "p.jsonl")
     assert figures["prompts"] == 2000 and 0 < figures["relations_distance"] < 0.05
     assert 35 <= figures["words"]["min"] <= figures["words"]["mode"] <= figures["words"]["max"] <= 125
+    assert figures["near_duplicates"] < 0.005
     assert len(figures["examples"]) == files._EXAMPLES and json.dumps(figures)
 
 

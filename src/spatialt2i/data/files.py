@@ -14,6 +14,7 @@ from spatialt2i.core.protocols import Writer
 from spatialt2i.core.run import RunError, progress
 from spatialt2i.core.store import append_jsonl, read_jsonl
 from spatialt2i.core.types import Prompt
+from spatialt2i.data.duplicates import near_duplicates
 from spatialt2i.data.stages import UNPERTURBED, perturb_prompts, write_prompts
 
 _CHUNK = 250  # rows written at a time, which is what a killed process may lose
@@ -27,7 +28,8 @@ def write_prompt_file(writer: Writer, *, config: DataConfig, seed: int, path: Pa
 
     Returns:
         ``prompts``, ``relations_distance`` (total variation between the numbers of relations and ``config.relations``),
-        ``words`` (``min``, ``mode``, ``mean``, ``max`` per prompt), ``scenes``, and ``examples``, some texts.
+        ``words`` (``min``, ``mode``, ``mean``, ``max`` per prompt), ``near_duplicates`` (the share of texts that nearly
+        repeat an earlier one), ``scenes``, and ``examples``, some texts.
 
     Raises:
         RunError: the file was written with other settings, or is longer.
@@ -102,8 +104,10 @@ def _describe(prompts: Sequence[Prompt], relations: Sequence[float]) -> dict[str
     wanted = np.array(relations) / sum(relations)
     counts = np.bincount([len(p.relations) for p in prompts], minlength=len(wanted) + 1)[1:] / len(prompts)
     picked = np.random.default_rng(0).permutation(len(prompts))[:_EXAMPLES]
+    repeated = near_duplicates([p.text for p in prompts])
     return {"prompts": len(prompts), "relations_distance": float(np.abs(counts - wanted).sum() / 2),
             "words": {"min": int(words.min()), "mode": int(np.bincount(words).argmax()),
                       "mean": round(float(words.mean()), 1), "max": int(words.max())},
+            "near_duplicates": len(repeated) / len(prompts),
             "scenes": dict(Counter(p.scene for p in prompts).most_common()),
             "examples": [prompts[i].text for i in picked]}
