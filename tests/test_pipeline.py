@@ -119,11 +119,14 @@ def test_evaluation_prompts_are_in_no_training_set(calm):
     assert len(seen) > 500 and not held_out & seen
 
 
-def test_an_evaluation_prompt_that_the_encoders_cannot_take_stops_before_training(tmp_path):
-    config = load_config("quickstart", ["rl.max_text_tokens=16"])
+@pytest.mark.parametrize(("settings", "name"), [
+    ((), r"(in_domain|hard)-\d+"),
+    (("bench.in_domain_relations=[1]", "bench.hard_relations=[1]"), r"rl-\d+-\d+")])
+def test_a_prompt_that_the_encoders_cannot_take_stops_before_training(settings, name, tmp_path):
+    config = load_config("quickstart", ["rl.max_text_tokens=16", *settings])
     run = RunDir.open(tmp_path, config)
     run.finish("reward", key="", counts={}, seconds=0, peak_mb=0)
-    with pytest.raises(PromptError, match="expected at most rl.max_text_tokens = 16"):
+    with pytest.raises(PromptError, match=f"prompt '{name}' has .* expected at most rl.max_text_tokens = 16"):
         build.rl_train(config, run)
 
 

@@ -129,8 +129,9 @@ def rl_train(config: Config, run: RunDir) -> dict[str, Any]:
         sets = bench_prompts(config)
         stream = training_prompts(config, avoid={p.text for prompts in sets.values() for p in prompts})
         policy = make_policy(config)
-        for prompt in (p for prompts in sets.values() for p in prompts):
-            policy.check(prompt)  # now, and not in the benchmark after hours of training
+        for prompts in (*sets.values(), *map(stream, range(config.rl.steps))):
+            for prompt in prompts:
+                policy.check(prompt)  # now, and not after hours of training
         return train(policy=policy, scorer=make_scorer(config, run), prompts=stream, config=config.rl,
                      seed=config.seed, run=run, gallery=sets["in_domain"][: config.rl.gallery_prompts],
                      inputs=f"{_made(config.rl.model)} {run.digest('reward')}")
