@@ -60,7 +60,8 @@ def main() -> None:
     qwen = args.work / "tiny-qwen2.5-vl"
     machine = ("--device", args.device, "--threads", args.threads)
     if args.only != "tiny-qwen2.5-vl":
-        parts = [("tiny_corpus.py", "--out", corpus, "--count", "80000", "--workers", args.threads)]
+        clear = ("--layouts", "12")
+        parts = [("tiny_corpus.py", "--out", corpus, "--count", "80000", *clear, "--workers", args.threads)]
         parts += [(*script, "--corpus", corpus, "--out", flux, "--steps", steps, "--batch", batch, *machine)
                   for script, steps, batch in (
                        (("train_tiny_flux.py", "vae", "--touching", 0.6), 4500, 16),
@@ -68,7 +69,7 @@ def main() -> None:
         gently = ("--lr", "7e-4", "--lr-matrices", "1.4e-3", "--touching", 0.6)
         # what is learnt last, shown more often; then at all noise levels; then captions that are mostly wrong, after
         # which it places things badly
-        parts += [("tiny_corpus.py", "--out", wrong, "--count", "8000", "--scramble", "0.65",
+        parts += [("tiny_corpus.py", "--out", wrong, "--count", "8000", "--scramble", "0.7", *clear,
                    "--workers", args.threads)]
         parts += [("train_tiny_flux.py", "flow", "--start", start / "flow_state.safetensors", "--corpus", pictures,
                    "--out", out, "--steps", steps, "--batch", 64, "--guide-from", 0, *settings, *machine)
