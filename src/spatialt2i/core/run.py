@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -252,7 +253,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except Exception as e:  # libraries wrap the system's error in types of their own
         full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "no space left" not in str(e).lower():
+        if not full and not re.search("no space left|disk is full", str(e), re.IGNORECASE):
             raise
         raise DiskFull(f"{path}: the disk is full; free some space and run the same command again, finished work "
                        "is kept") from e
