@@ -42,13 +42,12 @@ class FakeLLM:
     behave: Callable[[dict[str, Any], int], Answer]
     requests: list[dict[str, Any]] = field(default_factory=list)
     paid: list[tuple[int, int]] = field(default_factory=list)
-    most_at_once: int = 0
 
 
 @contextmanager
 def fake_llm(behave: Callable[[dict[str, Any], int], Answer] = lambda request, times: Answer()) -> Iterator[FakeLLM]:
     """Serve on a free port of this machine inside the block."""
-    lock, running, over = threading.Lock(), [0], threading.Event()
+    lock, over = threading.Lock(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -56,17 +55,12 @@ def fake_llm(behave: Callable[[dict[str, Any], int], Answer] = lambda request, t
         def do_POST(self) -> None:  # the name that http.server looks for
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
-                running[0] += 1
-                server.most_at_once = max(server.most_at_once, running[0])
                 times = server.requests.count(request)
                 server.requests.append(request)
             try:
                 self.reply(server.behave(request, times))
             except (BrokenPipeError, ConnectionResetError):
                 pass  # the client gave up, as it should
-            finally:
-                with lock:
-                    running[0] -= 1
 
         def reply(self, answer: Answer) -> None:
             if answer.fault == "hang":

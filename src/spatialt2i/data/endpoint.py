@@ -160,7 +160,7 @@ class Endpoint:
 
     @contextmanager
     def _reserve(self, most: float) -> Iterator[None]:
-        """Inside the block a request that costs at most that is under way; waits for others where they may cost less."""
+        """Inside the block a request that costs at most that is under way; waits for others, which may cost less."""
         with self._changed:
             while self._config.budget and (spent := self.bill().price) + self._reserved + most > self._config.budget:
                 if not self._under_way:
@@ -212,8 +212,8 @@ def _read(answer: Any) -> Reply:
     tokens = answer.usage.prompt_tokens, answer.usage.completion_tokens
     if choice.message.refusal:
         return Reply(choice.message.refusal, *tokens, "refusal")
-    kind = {"content_filter": "content filter", "length": "cut off"}.get(choice.finish_reason, "" if text else "refusal")
-    return Reply(text, *tokens, kind)
+    kinds = {"content_filter": "content filter", "length": "cut off"}
+    return Reply(text, *tokens, kinds.get(choice.finish_reason, "" if text else "refusal"))
 
 
 def _is_broke(error: BaseException) -> bool:

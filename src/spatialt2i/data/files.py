@@ -15,7 +15,7 @@ from spatialt2i.core.run import RunError, progress
 from spatialt2i.core.store import append_jsonl, read_jsonl
 from spatialt2i.core.types import Prompt
 from spatialt2i.data.duplicates import near_duplicates
-from spatialt2i.data.stages import UNPERTURBED, perturb_prompts, write_prompts
+from spatialt2i.data.stages import perturb_prompts, write_prompts
 
 _CHUNK = 250  # rows written at a time, which is what a killed process may lose
 _EXAMPLES = 20
@@ -29,28 +29,32 @@ def write_prompt_file(writer: Writer, *, config: DataConfig, seed: int, path: Pa
     Returns:
         ``prompts``, ``relations_distance`` (total variation between the numbers of relations and ``config.relations``),
         ``words`` (``min``, ``mode``, ``mean``, ``max`` per prompt), ``near_duplicates`` (the share of texts that nearly
-        repeat an earlier one), ``scenes``, and ``examples``, some texts.
+        repeat an earlier one), ``scenes``, ``examples``, some texts, and ``dropped``, how often what the writer gave
+        was of no use, by kind, in this call.
 
     Raises:
         RunError: the file was written with other settings, or is longer.
         DiskFull: no space left; what is written stays.
     """
     taken: set[str] = set()
+    dropped: Counter[str] = Counter()
 
     def rows(indices: range) -> list[dict[str, Any]]:
-        return [p.to_json() for p in write_prompts(writer, indices=indices, config=config, seed=seed, taken=taken)]
+        prompts, drops = write_prompts(writer, indices=indices, config=config, seed=seed, taken=taken)
+        dropped.update(drop.kind for drop in drops)
+        return [p.to_json() for p in prompts]
 
     written = _extend(path, config.pairs, rows, desc="prompts", seen=lambda row: taken.add(row["text"]))
-    return _describe([Prompt.from_json(row) for row in written], config.relations)
+    return _describe([Prompt.from_json(row) for row in written], config.relations) | {"dropped": dict(dropped)}
 
 
 def write_pair_file(writer: Writer, prompts: Path, *, config: DataConfig, seed: int, path: Path) -> dict[str, Any]:
     """For each prompt of a file a line: ``perfect``, ``perturbed`` and ``edits``.
 
-    The last two are null where no edit was found. A file that is there already is continued.
+    The last two are null where there are no edits, and ``why`` tells why. A file that is there already is continued.
 
     Returns:
-        ``pairs``, ``no satisfiable edit`` (prompts without a perturbation), ``edits`` by kind, ``dependent_edits``, and
+        ``pairs``, the prompts without edits by why, ``edits`` by kind, ``dependent_edits``, and
         ``perturbations`` by number.
 
     Raises:
@@ -66,13 +70,14 @@ def write_pair_file(writer: Writer, prompts: Path, *, config: DataConfig, seed: 
     def rows(indices: range) -> list[dict[str, Any]]:
         part = given[indices.start:indices.stop]
         found = perturb_prompts(writer, part, config=config, seed=seed)
-        return [pair.to_json() if pair else {"perfect": prompt.to_json(), "perturbed": None, "edits": None}
-                for prompt, pair in zip(part, found, strict=True)]
+        return [{"perfect": prompt.to_json(), "perturbed": None, "edits": None, "why": pair} if isinstance(pair, str)
+                else pair.to_json() for prompt, pair in zip(part, found, strict=True)]
 
-    written = [row for row in _extend(path, len(given), rows, desc="perturbed prompts") if row["edits"] is not None]
+    every = _extend(path, len(given), rows, desc="perturbed prompts")
+    written = [row for row in every if row["edits"] is not None]
     edits = [edit for row in written for edit in row["edits"]]
     asked = [sum(not e["dependent"] for e in row["edits"]) for row in written]
-    return {"pairs": len(written), UNPERTURBED: len(given) - len(written),
+    return {"pairs": len(written), **Counter(row["why"] for row in every if row["edits"] is None),
             "edits": dict(Counter(e["kind"] for e in edits if not e["dependent"]).most_common()),
             "dependent_edits": sum(e["dependent"] for e in edits),
             "perturbations": {str(n): k for n, k in sorted(Counter(asked).items())}}
