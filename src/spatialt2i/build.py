@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from spatialt2i.core.protocols import Generator, Policy, Scorer, Verifier, Writer
+    from spatialt2i.data.endpoint import Endpoint
 
 WEIGHTS = Path(__file__).parent / "tiny" / "weights"
 SHIPPED = ("tiny-flux", "tiny-qwen2.5-vl")
@@ -58,13 +59,17 @@ def data_build(config: Config, run: RunDir) -> dict[str, Any]:
 def data_prompts(config: Config, run: RunDir | None, *, out: Path) -> dict[str, Any]:
     """Prompts alone, as JSON lines in ``out``."""
     from spatialt2i.data.files import write_prompt_file
-    return write_prompt_file(make_writer(config, _replies(out)), config=config.data, seed=config.seed, path=out)
+    endpoint = make_endpoint(config, _replies(out))
+    return write_prompt_file(make_writer(config, endpoint), config=config.data, seed=config.seed, path=out,
+                             bill=endpoint and endpoint.bill)
 
 
 def data_perturb(config: Config, run: RunDir | None, *, prompts: Path, out: Path) -> dict[str, Any]:
     """A perturbed prompt, and its edits, for each line of ``prompts``, as JSON lines in ``out``."""
     from spatialt2i.data.files import write_pair_file
-    return write_pair_file(make_writer(config, _replies(out)), prompts, config=config.data, seed=config.seed, path=out)
+    endpoint = make_endpoint(config, _replies(out))
+    return write_pair_file(make_writer(config, endpoint), prompts, config=config.data, seed=config.seed, path=out,
+                           bill=endpoint and endpoint.bill)
 
 
 def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
@@ -237,15 +242,22 @@ def doctor(config: Config, run: RunDir | None) -> dict[str, Any]:
 
 def data_parts(config: Config, replies: Path) -> tuple[Writer, Generator, Verifier]:
     """What part 1 needs; each of its processes makes its own."""
-    return make_writer(config, replies), make_painter(config), make_verifier(config)
+    return make_writer(config, make_endpoint(config, replies)), make_painter(config), make_verifier(config)
 
 
-def make_writer(config: Config, replies: Path | None = None) -> Writer:
-    """``data.writer``; a model keeps its replies in that file, and without one the scene grammar stands in for it."""
-    if config.data.writer == "llm" and replies is not None:
-        from spatialt2i.data.endpoint import Endpoint
+def make_endpoint(config: Config, replies: Path) -> Endpoint | None:
+    """``data.llm``, where ``data.writer`` asks for it; it keeps its replies in that file."""
+    if config.data.writer != "llm":
+        return None
+    from spatialt2i.data.endpoint import Endpoint
+    return Endpoint(config.data.llm, replies)
+
+
+def make_writer(config: Config, endpoint: Endpoint | None = None) -> Writer:
+    """``data.writer``; the scene grammar stands in for a model whose endpoint is not given."""
+    if endpoint is not None:
         from spatialt2i.data.llm import LLMWriter
-        return LLMWriter(Endpoint(config.data.llm, replies), threads=config.data.llm.concurrency)
+        return LLMWriter(endpoint, threads=config.data.llm.concurrency)
     if config.data.writer in ("grammar", "llm"):
         from spatialt2i.data.prompts import SceneWriter
         return SceneWriter()

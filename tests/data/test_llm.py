@@ -63,9 +63,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLLM]:
         yield found
 
 
-def writer(server: FakeLLM, folder: Path, **changes: Any) -> LLMWriter:
-    config = EndpointConfig(base_url=server.url, key_env="", timeout=5.0)
-    return LLMWriter(Endpoint(replace(config, **changes), folder / "replies.sqlite"), threads=8)
+def connect(server: FakeLLM, folder: Path) -> Endpoint:
+    config = EndpointConfig(base_url=server.url, key_env="", timeout=5.0, price_in=2.0, price_out=10.0)
+    return Endpoint(config, folder / "replies.sqlite")
+
+
+def writer(server: FakeLLM, folder: Path) -> LLMWriter:
+    return LLMWriter(connect(server, folder), threads=8)
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +105,14 @@ def test_an_invalid_reply_is_sent_back_once_with_what_is_wrong(server: FakeLLM, 
 
 
 @pytest.mark.parametrize(("reply", "kind"), [
-    (Answer("no JSON"), "not JSON"), (Answer("[]"), "not of the schema"), (Answer('{"text": "a"}'), "not of the schema"),
+    (Answer("no JSON"), "not JSON"), (Answer("[]"), "not of the schema"),
+    (Answer('{"text": "a"}'), "not of the schema"),
     (Answer(refusal="no"), "refusal"), (Answer("", finish="content_filter"), "content filter"),
-    (Answer("{", finish="length"), "cut off"), (Answer(status=500), "server error")])
+    (Answer("{", finish="length"), "cut off")])
 def test_what_stays_invalid_is_dropped_by_its_kind(reply: Answer, kind: str, server: FakeLLM, tmp_path: Path) -> None:
     server.behave = lambda request, times: reply
     with pytest.raises(Dropped) as caught:
-        writer(server, tmp_path, retries=0).write(id="x", n_relations=5, seed=1)
+        writer(server, tmp_path).write(id="x", n_relations=5, seed=1)
     assert caught.value.kind == kind
 
 
@@ -136,7 +141,8 @@ def with_text(pair: Pair, text: str) -> Pair:
 
 
 def with_edits(pair: Pair, *edits: Edit) -> Pair:
-    return replace(pair, edits=edits, perturbed=replace(pair.perturbed, relations=applied(pair.perfect.relations, edits)))
+    perturbed = replace(pair.perturbed, relations=applied(pair.perfect.relations, edits))
+    return replace(pair, edits=edits, perturbed=perturbed)
 
 
 @pytest.mark.parametrize(("spoil", "fault"), [
@@ -173,9 +179,11 @@ def some_of_each(request: dict[str, Any], times: int) -> Answer:
 
 def build(server: FakeLLM, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     prompts, pairs = folder / "prompts.jsonl", folder / "pairs.jsonl"
-    written = write_prompt_file(writer(server, folder), config=CONFIG, seed=0, path=prompts)
+    one, other = connect(server, folder), connect(server, folder)
+    written = write_prompt_file(LLMWriter(one, threads=8), config=CONFIG, seed=0, path=prompts, bill=one.bill)
     KNOWN[:] = [Prompt.from_json(row) for row in read_jsonl(prompts)]
-    return written, write_pair_file(writer(server, folder), prompts, config=CONFIG, seed=0, path=pairs)
+    return written, write_pair_file(LLMWriter(other, threads=8), prompts, config=CONFIG, seed=0, path=pairs,
+                                    bill=other.bill)
 
 
 def test_with_faults_in_every_fifth_answer_it_ends_complete_and_counts_them(server: FakeLLM, tmp_path: Path) -> None:
@@ -183,6 +191,10 @@ def test_with_faults_in_every_fifth_answer_it_ends_complete_and_counts_them(serv
     written, perturbed = build(server, tmp_path)
     rows = list(read_jsonl(tmp_path / "pairs.jsonl"))
     assert written["prompts"] == 60 == len(rows) and written["dropped"]
+    faults = Counter(written["bill"]["faults"]) + Counter(perturbed["bill"]["faults"])
+    assert set(faults) == {"rate limit", "server error", "connection"}
+    assert len(server.requests) == perturbed["bill"]["requests"] + faults.total()
+    assert perturbed["bill"]["tokens_in"] == sum(read for read, _ in server.paid)
     assert set(written["dropped"]) <= {"refusal", "not JSON", "not of the schema"}
     why = Counter(row["why"] for row in rows if row["edits"] is None)
     assert why and all(perturbed[kind] == n for kind, n in why.items()) and perturbed["pairs"] == 60 - why.total()
@@ -192,7 +204,9 @@ def test_with_faults_in_every_fifth_answer_it_ends_complete_and_counts_them(serv
     for name in ("prompts.jsonl", "pairs.jsonl"):
         (tmp_path / name).unlink()
     paid = len(server.paid)
-    assert build(server, tmp_path) == (written, perturbed)
+    again = build(server, tmp_path)
+    assert [{k: v for k, v in f.items() if k not in ("bill", "estimate")} for f in again] == [
+        {k: v for k, v in f.items() if k not in ("bill", "estimate")} for f in (written, perturbed)]
     assert [(tmp_path / name).read_bytes() for name in ("prompts.jsonl", "pairs.jsonl")] == files
     assert len(server.paid) == paid
 

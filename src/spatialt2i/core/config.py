@@ -43,7 +43,7 @@ class EndpointConfig:
     max_tokens: int = setting(2000, "longest reply", ge=16)
     concurrency: int = setting(16, "requests at a time", ge=1)
     timeout: float = setting(120.0, "seconds until a request is tried again", gt=0)
-    retries: int = setting(5, "further tries after limits, time-outs and errors of the server", ge=0)
+    retries: int = setting(8, "further tries after limits, time-outs and errors of the server", ge=0)
     price_in: float = setting(0.0, "price of a million tokens read", ge=0)
     price_out: float = setting(0.0, "price of a million tokens written", ge=0)
     budget: float = setting(0.0, "stop before this is spent; 0 sets no limit", ge=0)

@@ -1,8 +1,8 @@
 """An OpenAI-compatible endpoint: asked politely, paid once, never beyond a budget.
 
 Every reply is stored, with the tokens that it cost, before anybody sees it; the same request is answered from there, in
-this process or in any later one. Retries, back-off and time-outs are the libraries'; what cannot be had after all is an
-`AskError` of a kind that can be counted.
+this process or in any later one. So what a conversation comes to is settled once: answers and refusals are kept, and
+faults that may pass are tried again until they do, or end the work, which can then be gone on with.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -29,7 +30,7 @@ from spatialt2i.core.store import CorruptData
 LONGEST_WAIT = 60.0  # seconds between two tries, whatever a server asks for
 _BACK_OFF = tenacity.wait_random_exponential(multiplier=0.5, max=30)
 _MILLION = 1e6
-# what may pass, and what it counts as where it does not; the first that fits
+# what may pass, and what it counts as; the first that fits
 _KINDS: dict[type[Exception], str] = {
     TimeoutError: "timeout", openai.APITimeoutError: "timeout", openai.RateLimitError: "rate limit",
     openai.InternalServerError: "server error", openai.APIResponseValidationError: "server error",
@@ -39,11 +40,10 @@ _FILTERED = ("content_filter", "content_policy_violation")  # codes of requests 
 
 
 class AskError(RuntimeError):
-    """A request that got no usable answer.
+    """A request that got no usable answer, now and ever.
 
     Attributes:
-        kind: what to count it as: ``"timeout"``, ``"rate limit"``, ``"server error"``, ``"connection"``,
-            ``"refusal"``, ``"content filter"`` or ``"cut off"``.
+        kind: what to count it as: ``"refusal"``, ``"content filter"`` or ``"cut off"``.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -56,7 +56,7 @@ class BudgetSpent(RuntimeError):
 
 
 class EndpointError(RuntimeError):
-    """The endpoint takes no such requests at all: wrong key, model, address or settings."""
+    """The endpoint does not answer, or takes no such requests: wrong key, model, address or settings."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,14 @@ class Bill:
 
     Attributes:
         requests: answered ones. tokens_in, tokens_out: of all of them. price: in the preset's currency.
+        faults: tries of this process that had to be made again, by kind.
     """
 
     requests: int
     tokens_in: int
     tokens_out: int
     price: float
+    faults: dict[str, int]
 
 
 class Endpoint:
@@ -110,6 +112,7 @@ class Endpoint:
         self._store = _Store(store)
         self._under_way, self._reserved = 0, 0.0  # requests, and what they may cost
         self._changed = threading.Condition()
+        self._faults: Counter[str] = Counter()
         self._client = openai.AsyncOpenAI(base_url=config.base_url, api_key=key, max_retries=0)
         self._loop = asyncio.new_event_loop()  # in a thread of its own, where a time-out ends even a reply that drips
         threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True).start()
@@ -125,7 +128,7 @@ class Endpoint:
         Raises:
             AskError: no usable answer.
             BudgetSpent: it might cost more than is left.
-            EndpointError: wrong key, model, address or settings.
+            EndpointError: no answer, or wrong key, model, address or settings.
             DiskFull: no space left for the reply.
         """
         request: dict[str, Any] = {"model": self._config.model, "messages": list(messages), "seed": seed,
@@ -147,7 +150,7 @@ class Endpoint:
     def bill(self) -> Bill:
         """What was asked so far, by all that share the store."""
         requests, tokens_in, tokens_out = self._store.totals()
-        return Bill(requests, tokens_in, tokens_out, self._price(tokens_in, tokens_out))
+        return Bill(requests, tokens_in, tokens_out, self._price(tokens_in, tokens_out), dict(self._faults))
 
     def close(self) -> None:
         """Let go of the connections and of the store."""
@@ -181,22 +184,25 @@ class Endpoint:
     async def _fetch(self, request: dict[str, Any]) -> Reply:
         """The endpoint's reply, after as many tries as the settings allow."""
         tries = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(self._config.retries + 1), wait=_wait, reraise=True,
+            stop=tenacity.stop_after_attempt(self._config.retries + 1), wait=_wait, reraise=True, after=self._count,
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, _PASSING) and not _is_broke(error)))
         try:
             answer = await tries(self._once, request)
         except _PASSING as error:
             if _is_broke(error):
                 raise EndpointError(f"{self._config.base_url}: {error}; the account has no credit left") from error
-            kind = next(kind for cls, kind in _KINDS.items() if isinstance(error, cls))
-            raise AskError(kind, f"{self._config.base_url}: {kind} after {self._config.retries + 1} tries: "
-                                 f"{error}") from error
+            raise EndpointError(f"{self._config.base_url} does not answer: {_kind(error)} after "
+                                f"{self._config.retries + 1} tries: {error}. What is done is kept; run the same "
+                                "command again later, or raise retries or timeout") from error
         except openai.APIStatusError as error:
             if error.code in _FILTERED:
                 return Reply(str(error), 0, 0, "content filter")
             raise EndpointError(f"{self._config.base_url} takes no such request: {error}; check model = "
                                 f"{self._config.model!r}, base_url, and the key in {self._config.key_env!r}") from error
         return _read(answer)
+
+    def _count(self, state: tenacity.RetryCallState) -> None:
+        self._faults[_kind(state.outcome.exception())] += 1
 
     async def _once(self, request: dict[str, Any]) -> Any:
         return await asyncio.wait_for(self._client.chat.completions.create(**request), self._config.timeout)
@@ -214,6 +220,10 @@ def _read(answer: Any) -> Reply:
         return Reply(choice.message.refusal, *tokens, "refusal")
     kinds = {"content_filter": "content filter", "length": "cut off"}
     return Reply(text, *tokens, kinds.get(choice.finish_reason, "" if text else "refusal"))
+
+
+def _kind(error: BaseException) -> str:
+    return next(kind for cls, kind in _KINDS.items() if isinstance(error, cls))
 
 
 def _is_broke(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,7 @@ from spatialt2i.core.run import seed_of
 from spatialt2i.core.types import Pair, Preference, Prompt, Verdict
 
 KEPT = "kept"
+S, T = TypeVar("S"), TypeVar("T")
 UNPERTURBED, EDITS_DROPPED = "no satisfiable edit", "edits dropped"  # why a prompt is not perturbed
 PROMPT_DROPPED = "prompt dropped"  # and another one written in its place
 _ATTEMPTS = 1000  # texts in a row that are taken already, before a writer counts as exhausted
@@ -72,8 +73,7 @@ def write_prompts(writer: Writer, *, indices: Sequence[int], config: DataConfig,
         n = 1 + int(np.random.default_rng(seed_of(seed, "data-relations", i)).choice(len(weights), p=weights))
         attempts.append(_attempts(writer, id=f"{seed}-{i}", n_relations=n, drops=dropped,
                                   seeds=functools.partial(_prompt_seed, seed, i)))
-    with ThreadPoolExecutor(writer.threads) as pool:
-        prompts = list(pool.map(next, attempts))
+    prompts = _at_a_time(writer.threads, next, attempts)
     for i, others in enumerate(attempts if taken is not None else ()):
         prompts[i] = _first_new(itertools.chain([prompts[i]], others), taken)
     return prompts, list(itertools.chain(*drops))
@@ -133,8 +133,16 @@ def perturb_prompts(writer: Writer, prompts: Sequence[Prompt], *, config: DataCo
         except Dropped as error:
             return f"{EDITS_DROPPED}: {error.kind}"
 
-    with ThreadPoolExecutor(writer.threads) as pool:
-        return list(pool.map(perturbed, prompts))
+    return _at_a_time(writer.threads, perturbed, prompts)
+
+
+def _at_a_time(threads: int, function: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """The function's values; an error or Ctrl-C lets calls under way end, as they are paid, and begins no more."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        return list(pool.map(function, items))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def draw_and_judge(generator: Generator, verifier: Verifier, pairs: Sequence[Pair], *,
