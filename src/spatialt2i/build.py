@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from spatialt2i.core.protocols import Generator, Policy, Scorer, Verifier, Writer
+    from spatialt2i.data.endpoint import Endpoint
 
 WEIGHTS = Path(__file__).parent / "tiny" / "weights"
 SHIPPED = ("tiny-flux", "tiny-qwen2.5-vl")
@@ -49,7 +50,8 @@ def data_build(config: Config, run: RunDir) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         evaluated = frozenset(p.text for prompts in bench_prompts(config).values() for p in prompts)
         return build_dataset(config=config.data, seed=config.seed, folder=run.stage("data"),
-                             parts=functools.partial(data_parts, config), exclude=evaluated)
+                             parts=functools.partial(data_parts, config, run.stage("data") / "replies.sqlite"),
+                             exclude=evaluated)
 
     return _stage(run, "data", _key(config, "data"), work, outputs=("data/data", "data/statistics.json"))
 
@@ -57,13 +59,17 @@ def data_build(config: Config, run: RunDir) -> dict[str, Any]:
 def data_prompts(config: Config, run: RunDir | None, *, out: Path) -> dict[str, Any]:
     """Prompts alone, as JSON lines in ``out``."""
     from spatialt2i.data.files import write_prompt_file
-    return write_prompt_file(make_writer(config), config=config.data, seed=config.seed, path=out)
+    endpoint = make_endpoint(config, _replies(out))
+    return write_prompt_file(make_writer(config, endpoint), config=config.data, seed=config.seed, path=out,
+                             bill=endpoint and endpoint.bill)
 
 
 def data_perturb(config: Config, run: RunDir | None, *, prompts: Path, out: Path) -> dict[str, Any]:
     """A perturbed prompt, and its edits, for each line of ``prompts``, as JSON lines in ``out``."""
     from spatialt2i.data.files import write_pair_file
-    return write_pair_file(make_writer(config), prompts, config=config.data, seed=config.seed, path=out)
+    endpoint = make_endpoint(config, _replies(out))
+    return write_pair_file(make_writer(config, endpoint), prompts, config=config.data, seed=config.seed, path=out,
+                           bill=endpoint and endpoint.bill)
 
 
 def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
@@ -234,14 +240,25 @@ def doctor(config: Config, run: RunDir | None) -> dict[str, Any]:
 
 # ---- objects ---------------------------------------------------------------------------------------------------------
 
-def data_parts(config: Config) -> tuple[Writer, Generator, Verifier]:
+def data_parts(config: Config, replies: Path) -> tuple[Writer, Generator, Verifier]:
     """What part 1 needs; each of its processes makes its own."""
-    return make_writer(config), make_painter(config), make_verifier(config)
+    return make_writer(config, make_endpoint(config, replies)), make_painter(config), make_verifier(config)
 
 
-def make_writer(config: Config) -> Writer:
-    """``data.writer``."""
-    if config.data.writer == "grammar":
+def make_endpoint(config: Config, replies: Path) -> Endpoint | None:
+    """``data.llm``, where ``data.writer`` asks for it; it keeps its replies in that file."""
+    if config.data.writer != "llm":
+        return None
+    from spatialt2i.data.endpoint import Endpoint
+    return Endpoint(config.data.llm, replies)
+
+
+def make_writer(config: Config, endpoint: Endpoint | None = None) -> Writer:
+    """``data.writer``; the scene grammar stands in for a model whose endpoint is not given."""
+    if endpoint is not None:
+        from spatialt2i.data.llm import LLMWriter
+        return LLMWriter(endpoint, threads=config.data.llm.concurrency)
+    if config.data.writer in ("grammar", "llm"):
         from spatialt2i.data.prompts import SceneWriter
         return SceneWriter()
     from spatialt2i.tiny.grammar import TinyWriter
@@ -357,6 +374,10 @@ def _needs(run: RunDir, stage: str, command: str) -> None:
     if run.manifest(stage) is None:
         raise RunError(f"{run.path}: the stage {stage!r} is not finished; run "
                        f"`spatialt2i {command} --run {run.path}` first")
+
+
+def _replies(out: Path) -> Path:
+    return out.with_suffix(".replies.sqlite")
 
 
 def _device(config: Config) -> torch.device:

@@ -71,16 +71,19 @@ SAMPLE_OPTIONS = (
     click.Option(["--base"], is_flag=True, help="Draw with the model as it was before Spatial-RL."),
     click.Option(["--out"], type=click.Path(path_type=Path), help="Folder of the pictures; default: RUN/samples."),
 )
-STANDS_FOR = {"data_writer": "data.writer", "data_pairs": "data.pairs", "any_seed": "seed"}  # options for settings
+STANDS_FOR = {"data_writer": "data.writer", "data_pairs": "data.pairs", "data_budget": "data.llm.budget",
+              "any_seed": "seed"}  # options for settings
 WRITER = click.Option(["--writer", "data_writer"], help="Who writes; the same as data.writer=...")
 SEED = click.Option(["--seed", "any_seed"], help="The same as seed=...")
+BUDGET = click.Option(["--budget", "data_budget"],
+                      help="Stop before a language model costs more; the same as data.llm.budget=...")
 OUT = click.Option(["--out"], type=click.Path(path_type=Path), required=True,
                    help="File of JSON lines; continued where it ends.")
 PROMPT_OPTIONS = (
-    WRITER, click.Option(["--count", "data_pairs"], help="How many; the same as data.pairs=..."), SEED, OUT)
+    WRITER, click.Option(["--count", "data_pairs"], help="How many; the same as data.pairs=..."), SEED, BUDGET, OUT)
 PERTURB_OPTIONS = (
     click.Option(["--prompts"], type=click.Path(path_type=Path, exists=True), required=True,
-                 help="A file that `data prompts` wrote."), WRITER, SEED, OUT)
+                 help="A file that `data prompts` wrote."), WRITER, SEED, BUDGET, OUT)
 REPORT_OPTIONS = (
     click.Option(["--beside"], type=click.Path(path_type=Path), multiple=True, metavar="DIR",
                  help="Another run: its reward curve and update times beside this run's, in RUN/compare.html."),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spatialt2i.core.config import (
-    Config, ConfigError, DataConfig, RLConfig, describe, load_config, preset_names, section_hash, to_dict, to_toml,
+    Config, ConfigError, describe, load_config, preset_names, to_dict, to_toml,
 )
 
 
@@ -146,13 +146,6 @@ def test_an_unknown_preset_names_the_shipped_ones(preset: str | Path) -> None:
 def test_an_empty_section_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("[rl]\n[data]\n", encoding="utf-8")
     assert load_config(tmp_path / "mine.toml") == Config()
-
-
-def test_the_hash_sees_every_value_and_nothing_else() -> None:
-    assert section_hash(RLConfig()) == section_hash(RLConfig(lr=3e-4, noise=0.9))
-    assert section_hash(DataConfig(relations=(0, 1))) == section_hash(DataConfig(relations=(0.0, 1.0)))
-    hashes = {section_hash(dataclasses.replace(RLConfig(), top_k=k)) for k in range(6)}
-    assert len(hashes) == 6
 
 
 def test_every_setting_has_a_meaning_and_a_legal_default() -> None:

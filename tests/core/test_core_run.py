@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 from spatialt2i.core import run as run_module
-from spatialt2i.core.config import BenchConfig, Config, RewardConfig, RLConfig, load_config
+from spatialt2i.core.config import (
+    BenchConfig, Config, DataConfig, EndpointConfig, RewardConfig, RLConfig, load_config,
+)
 from spatialt2i.core.device import measured
 from spatialt2i.core.run import (
-    DiskFull, RunDir, RunError, atomic_path, disk_errors, is_run, progress, read_json, seed_of, tree_hash, versions,
-    write_atomic, write_json,
+    DiskFull, RunDir, RunError, atomic_path, disk_errors, is_run, lasting, progress, read_json, seed_of, tree_hash,
+    versions, write_atomic, write_json,
 )
 
 SRC = Path(__file__).resolve().parents[2] / "src"
@@ -330,3 +332,14 @@ def test_measured_goes_on_from_an_interrupted_block(tmp_path: Path) -> None:
 
 def test_versions_name_what_can_change_a_result() -> None:
     assert versions().keys() >= {"python", "numpy", "pyarrow"}
+
+
+def test_what_lasts_is_what_has_a_say_in_the_results() -> None:
+    assert lasting("rl", RLConfig()) == lasting("rl", RLConfig(lr=3e-4, noise=0.9, save_every=3))
+    assert lasting("data", DataConfig(relations=(0, 1))) == lasting("data", DataConfig(relations=(0.0, 1.0)))
+    assert len({str(lasting("rl", RLConfig(top_k=k))) for k in range(6)}) == 6
+    for writer, says in (("grammar", False), ("llm", True)):
+        one, other, dearer = (DataConfig(writer=writer, llm=EndpointConfig(**settings))
+                              for settings in ({}, {"model": "other"}, {"budget": 5.0}))
+        assert (lasting("data", one) != lasting("data", other)) == says
+        assert lasting("data", one) == lasting("data", dearer)

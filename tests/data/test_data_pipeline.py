@@ -280,6 +280,8 @@ def test_outcomes(overall: tuple, crossed: tuple, expected: str) -> None:
 
 def test_the_shares_of_relations_and_edits_follow_the_config() -> None:
     class Writer:
+        threads = 1
+
         def write(self, *, id: str, n_relations: int, seed: int) -> Prompt:
             return Prompt(id, "", "", (Relation("above", "a", ("b",)),) * n_relations)
 
@@ -287,7 +289,7 @@ def test_the_shares_of_relations_and_edits_follow_the_config() -> None:
             return n_edits
 
     config = DataConfig(relations=(0, 3, 0, 1), one_perturbation=0.4)
-    prompts = write_prompts(Writer(), indices=range(2000), config=config, seed=0)
+    prompts = write_prompts(Writer(), indices=range(2000), config=config, seed=0)[0]
     sizes = Counter(len(p.relations) for p in prompts)
     assert set(sizes) == {2, 4} and 0.70 < sizes[2] / 2000 < 0.80 and len({p.id for p in prompts}) == 2000
     edits = Counter(zip((len(p.relations) for p in prompts), perturb_prompts(Writer(), prompts, config=config, seed=0),

@@ -92,7 +92,7 @@ def test_settings_that_only_show_later_in_the_file_are_noticed(tmp_path: Path) -
     path, three = tmp_path / "p.jsonl", dataclasses.replace(CONFIG, relations=(0, 0, 1))
     write_prompt_file(SceneWriter(), config=three, seed=0, path=path)
     rare = dataclasses.replace(CONFIG, relations=(0, 0, 1, 0.05))
-    written = write_prompts(SceneWriter(), indices=range(300), config=rare, seed=0)
+    written = write_prompts(SceneWriter(), indices=range(300), config=rare, seed=0)[0]
     assert written[0].to_json() == next(iter(read_jsonl(path)))
     with pytest.raises(RunError, match="was written with other settings"):
         write_prompt_file(SceneWriter(), config=rare, seed=0, path=path)
@@ -111,7 +111,7 @@ def test_a_writer_that_knows_no_more_texts_says_so(tmp_path: Path) -> None:
         def write(self, *, id: str, n_relations: int, seed: int) -> Prompt:
             return super().write(id="always", n_relations=3, seed=seed % 5)
 
-    with pytest.raises(ValueError, match=r"finds no new prompt with \d+ relations beside 5 others; ask for fewer"):
+    with pytest.raises(ValueError, match=r"finds no new prompt with \d+ relations; ask for fewer"):
         write_prompt_file(Parrot(), config=CONFIG, seed=0, path=tmp_path / "p.jsonl")
 
 
@@ -136,7 +136,7 @@ def test_the_options_choose_writer_count_and_seed(tmp_path: Path) -> None:
     assert run(["data", "prompts", *chosen, "--count", "12", "--out", str(out)]).exit_code == 0
     done = run(["data", "perturb", *chosen, "--prompts", str(out), "--out", str(pairs), "--json", "-"])
     figures = json.loads(done.stdout)
-    assert figures["pairs"] + figures["no satisfiable edit"] == 12
+    assert figures["pairs"] + figures.get("no satisfiable edit", 0) == 12
     assert [row["id"] for row in read_jsonl(out)] == [f"5-{i}" for i in range(12)]
     wrong = run(["data", "prompts", "--writer", "novelist", "--out", str(tmp_path / "c.jsonl")])
     assert wrong.exit_code == 2 and "data.writer" in wrong.stderr and "grammar" in wrong.stderr

@@ -129,7 +129,7 @@ def test_it_is_what_the_clause_before_was_about() -> None:
 def test_the_statistics_are_the_papers() -> None:
     """Relations per prompt within 0.05 total variation; scenes by their shares; most prompts of 56 to 62 words."""
     config = DataConfig()
-    found = write_prompts(WRITER, indices=range(3000), config=config, seed=0)
+    found = write_prompts(WRITER, indices=range(3000), config=config, seed=0)[0]
     wanted = np.array(config.relations) / sum(config.relations)
     counts = np.bincount([len(p.relations) for p in found], minlength=13)[1:] / len(found)
     assert np.abs(counts - wanted).sum() / 2 < 0.05
@@ -197,7 +197,7 @@ def test_things_that_hang_are_not_put_on_the_floor() -> None:
 
 def test_pairs_follow_the_share_of_single_edits() -> None:
     config = DataConfig()
-    found = write_prompts(WRITER, indices=range(400), config=config, seed=3)
-    made = [p for p in perturb_prompts(WRITER, found, config=config, seed=3) if p]
+    found = write_prompts(WRITER, indices=range(400), config=config, seed=3)[0]
+    made = [p for p in perturb_prompts(WRITER, found, config=config, seed=3) if isinstance(p, Pair)]
     assert len(made) > 0.98 * len(found)
     assert abs(np.mean([p.n_perturbations == 1 for p in made]) - config.one_perturbation) < 0.08

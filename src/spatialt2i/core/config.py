@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import math
 import tomllib
@@ -34,10 +33,27 @@ def setting(default: Any, help: str, *, ge: float | None = None, gt: float | Non
 
 
 @dataclass(frozen=True)
+class EndpointConfig:
+    """An OpenAI-compatible chat endpoint. Prices and budget are in one currency, whichever."""
+
+    base_url: str = setting("https://api.openai.com/v1", "where it is")  # [ours], like all of these
+    model: str = setting("gpt-5", "which model")  # the paper's writer
+    key_env: str = setting("OPENAI_API_KEY", "environment variable of the key; empty where no key is needed")
+    temperature: float = setting(1.0, "randomness of its replies", ge=0, le=2)
+    max_tokens: int = setting(2000, "longest reply", ge=16)
+    concurrency: int = setting(16, "requests at a time", ge=1)
+    timeout: float = setting(120.0, "seconds until a request is tried again", gt=0)
+    retries: int = setting(8, "further tries after limits, time-outs and errors of the server", ge=0)
+    price_in: float = setting(0.0, "price of a million tokens read", ge=0)
+    price_out: float = setting(0.0, "price of a million tokens written", ge=0)
+    budget: float = setting(0.0, "stop before this is spent; 0 sets no limit", ge=0)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Part 1: prompts, perturbations, images, verdicts, pairs."""
 
-    writer: str = setting("tiny-grammar", "who writes and perturbs prompts", choices=("tiny-grammar", "grammar"))
+    writer: str = setting("tiny-grammar", "who writes and perturbs prompts", choices=("tiny-grammar", "grammar", "llm"))
     generator: str = setting("tiny-painter", "who draws both images", choices=("tiny-painter",))
     verifier: str = setting("tiny-oracle", "who judges each image under its own prompt", choices=("tiny-oracle",))
     pairs: int = setting(80_000, "candidate pairs to write; verification keeps most of them", ge=1)
@@ -48,6 +64,7 @@ class DataConfig:
     test: float = setting(0.02, "share of pairs in the test split", ge=0, le=0.5)  # [ours]
     shard: int = setting(1000, "pairs per unit of work; what a killed process may lose", ge=1)
     workers: int = setting(0, "processes; 0 means one per core", ge=0)
+    llm: EndpointConfig = field(default_factory=EndpointConfig)
 
 
 @dataclass(frozen=True)
@@ -239,11 +256,6 @@ def to_toml(config: Any) -> str:
 
     write(to_dict(config), "")
     return "".join(tables)
-
-
-def section_hash(section: Any) -> str:
-    """16 hex digits that change when any value of the section (or config) changes."""
-    return hashlib.sha256(json.dumps(to_dict(section), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def describe(config: Config, sections: Sequence[str] | None = None) -> list[Setting]:

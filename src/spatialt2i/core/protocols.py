@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 
 class Writer(Protocol):
-    """Writes perfect prompts and the perturbed prompts that go with them."""
+    """Writes perfect prompts and the perturbed prompts that go with them.
+
+    Attributes:
+        threads: how many calls it is good to have under way at a time; 1 where it computes instead of waiting.
+    """
+
+    threads: int
 
     def write(self, *, id: str, n_relations: int, seed: int) -> Prompt:
         """One prompt with ``n_relations`` relations."""

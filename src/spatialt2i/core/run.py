@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -27,9 +28,11 @@ from spatialt2i.core.config import Config, describe, load_config, to_dict, to_to
 HEADER = "# spatialt2i run folder: the resolved config\n"  # marks a folder as ours; only such a folder is ever deleted
 # How the work is done, not what comes out of it (rounding aside): may change between two calls on the same run.
 FREE = frozenset({
-    "device", "threads", "data.workers", "reward.micro_batch", "reward.score_batch", "reward.save_every",
-    "rl.micro_batch", "rl.sample_batch", "rl.save_every", "rl.gallery_every", "rl.gallery_prompts",
-    "rl.gate_tolerance"})
+    "device", "threads", "data.workers", "data.llm.key_env", "data.llm.concurrency", "data.llm.timeout",
+    "data.llm.retries", "data.llm.price_in", "data.llm.price_out", "data.llm.budget", "reward.micro_batch",
+    "reward.score_batch", "reward.save_every", "rl.micro_batch", "rl.sample_batch", "rl.save_every", "rl.gallery_every",
+    "rl.gallery_prompts", "rl.gate_tolerance"})
+ONLY_FOR = {"data.llm": ("data.writer", "llm")}  # sections that have a say for one value of a setting alone
 EXTENDS = frozenset({"rl.steps"})  # a finished stage goes on from where it is when one of these changes
 # They name the evaluation prompts, which pairs and training prompts were kept apart from.
 HELD_OUT = frozenset({
@@ -195,14 +198,20 @@ def is_run(path: Path) -> bool:
 
 def lasting(name: str, section: Any) -> dict[str, Any]:
     """The settings of a section that have a say in its results: all but the `FREE` ones."""
-    return {key: value for key, value in to_dict(section).items() if f"{name}.{key}" not in FREE}
+    kept = {}
+    for key, value in to_dict(section).items():
+        full, (switch, on) = f"{name}.{key}", ONLY_FOR.get(f"{name}.{key}", (None, None))
+        if full in FREE or switch and getattr(section, switch.rpartition(".")[2]) != on:
+            continue
+        kept[key] = lasting(full, getattr(section, key)) if isinstance(value, dict) else value
+    return kept
 
 
 def _check_config(path: Path, config: Config, doomed: Sequence[Path]) -> None:
     """Refuse settings that differ from those of results that stay."""
     stored = load_config(path / "config.toml")
     for old, new in zip(describe(stored), describe(config), strict=True):
-        section = old.key.rpartition(".")[0]  # empty for the seed, on which everything depends
+        section = old.key.partition(".")[0] if "." in old.key else ""  # none has the seed, on which everything depends
         results = [path / section] if section else [f for f in path.iterdir() if f.is_dir()]
         results += [path / "data", path / "rl"] if old.key in HELD_OUT else []
         kept = [f for f in results if f not in doomed and _has_results(f)]
@@ -252,7 +261,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except Exception as e:  # libraries wrap the system's error in types of their own
         full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "no space left" not in str(e).lower():
+        if not full and not re.search("no space left|disk is full", str(e), re.IGNORECASE):
             raise
         raise DiskFull(f"{path}: the disk is full; free some space and run the same command again, finished work "
                        "is kept") from e

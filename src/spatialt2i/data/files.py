@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,43 +17,54 @@ from spatialt2i.core.run import RunError, progress
 from spatialt2i.core.store import append_jsonl, read_jsonl
 from spatialt2i.core.types import Prompt
 from spatialt2i.data.duplicates import near_duplicates
-from spatialt2i.data.stages import UNPERTURBED, perturb_prompts, write_prompts
+from spatialt2i.data.stages import perturb_prompts, write_prompts
 
+if TYPE_CHECKING:
+    from spatialt2i.data.endpoint import Bill
+
+log = logging.getLogger(__name__)
 _CHUNK = 250  # rows written at a time, which is what a killed process may lose
 _EXAMPLES = 20
 
 
-def write_prompt_file(writer: Writer, *, config: DataConfig, seed: int, path: Path) -> dict[str, Any]:
+def write_prompt_file(writer: Writer, *, config: DataConfig, seed: int, path: Path,
+                      bill: Callable[[], Bill] | None = None) -> dict[str, Any]:
     """``config.pairs`` prompts, one JSON object a line: id, text, scene, relations. No two have the same text.
 
-    A file that is there already is continued.
+    A file that is there already is continued. Where the writer costs money, ``bill`` tells how much so far; after the
+    first rows the log says what all will cost.
 
     Returns:
         ``prompts``, ``relations_distance`` (total variation between the numbers of relations and ``config.relations``),
         ``words`` (``min``, ``mode``, ``mean``, ``max`` per prompt), ``near_duplicates`` (the share of texts that nearly
-        repeat an earlier one), ``scenes``, and ``examples``, some texts.
+        repeat an earlier one), ``scenes``, ``examples``, some texts, and ``dropped``, how often what the writer gave
+        was of no use, by kind, in this call; with ``bill`` also ``bill`` and ``estimate``.
 
     Raises:
         RunError: the file was written with other settings, or is longer.
         DiskFull: no space left; what is written stays.
     """
     taken: set[str] = set()
+    dropped: Counter[str] = Counter()
 
     def rows(indices: range) -> list[dict[str, Any]]:
-        return [p.to_json() for p in write_prompts(writer, indices=indices, config=config, seed=seed, taken=taken)]
+        prompts, drops = write_prompts(writer, indices=indices, config=config, seed=seed, taken=taken)
+        dropped.update(drop.kind for drop in drops)
+        return [p.to_json() for p in prompts]
 
-    written = _extend(path, config.pairs, rows, desc="prompts", seen=lambda row: taken.add(row["text"]))
-    return _describe([Prompt.from_json(row) for row in written], config.relations)
+    written, cost = _extend(path, config.pairs, rows, bill, desc="prompts", seen=lambda row: taken.add(row["text"]))
+    return _describe([Prompt.from_json(row) for row in written], config.relations) | {"dropped": dict(dropped)} | cost
 
 
-def write_pair_file(writer: Writer, prompts: Path, *, config: DataConfig, seed: int, path: Path) -> dict[str, Any]:
+def write_pair_file(writer: Writer, prompts: Path, *, config: DataConfig, seed: int, path: Path,
+                    bill: Callable[[], Bill] | None = None) -> dict[str, Any]:
     """For each prompt of a file a line: ``perfect``, ``perturbed`` and ``edits``.
 
-    The last two are null where no edit was found. A file that is there already is continued.
+    The last two are null where there are no edits, and ``why`` tells why. For the rest see `write_prompt_file`.
 
     Returns:
-        ``pairs``, ``no satisfiable edit`` (prompts without a perturbation), ``edits`` by kind, ``dependent_edits``, and
-        ``perturbations`` by number.
+        ``pairs``, the prompts without edits by why, ``edits`` by kind, ``dependent_edits``, and
+        ``perturbations`` by number; with ``bill`` also ``bill`` and ``estimate``.
 
     Raises:
         RunError: the file was written with other settings, or of other prompts, or is longer.
@@ -66,21 +79,23 @@ def write_pair_file(writer: Writer, prompts: Path, *, config: DataConfig, seed: 
     def rows(indices: range) -> list[dict[str, Any]]:
         part = given[indices.start:indices.stop]
         found = perturb_prompts(writer, part, config=config, seed=seed)
-        return [pair.to_json() if pair else {"perfect": prompt.to_json(), "perturbed": None, "edits": None}
-                for prompt, pair in zip(part, found, strict=True)]
+        return [{"perfect": prompt.to_json(), "perturbed": None, "edits": None, "why": pair} if isinstance(pair, str)
+                else pair.to_json() for prompt, pair in zip(part, found, strict=True)]
 
-    written = [row for row in _extend(path, len(given), rows, desc="perturbed prompts") if row["edits"] is not None]
+    every, cost = _extend(path, len(given), rows, bill, desc="perturbed prompts")
+    written = [row for row in every if row["edits"] is not None]
     edits = [edit for row in written for edit in row["edits"]]
     asked = [sum(not e["dependent"] for e in row["edits"]) for row in written]
-    return {"pairs": len(written), UNPERTURBED: len(given) - len(written),
+    return {"pairs": len(written), **Counter(row["why"] for row in every if row["edits"] is None),
             "edits": dict(Counter(e["kind"] for e in edits if not e["dependent"]).most_common()),
             "dependent_edits": sum(e["dependent"] for e in edits),
-            "perturbations": {str(n): k for n, k in sorted(Counter(asked).items())}}
+            "perturbations": {str(n): k for n, k in sorted(Counter(asked).items())}, **cost}
 
 
-def _extend(path: Path, total: int, rows: Callable[[range], list[dict[str, Any]]], *, desc: str,
-            seen: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
-    """The ``total`` rows of a file, those that are missing added to it."""
+def _extend(path: Path, total: int, rows: Callable[[range], list[dict[str, Any]]], bill: Callable[[], Bill] | None, *,
+            desc: str, seen: Callable[[dict[str, Any]], None] = lambda row: None,
+            ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The ``total`` rows of a file, those that are missing added to it, and what they cost."""
     found = list(read_jsonl(path)) if path.exists() else []
     elsewhere = "name another file with --out, or delete this one"
     if len(found) > total:
@@ -90,13 +105,25 @@ def _extend(path: Path, total: int, rows: Callable[[range], list[dict[str, Any]]
         raise RunError(f"{path}: was written with other settings; {elsewhere}")
     for row in found:
         seen(row)
+    estimate: dict[str, float] = {}
     with progress(total, desc=desc, initial=len(found)) as bar:
         while len(found) < total:
             new = rows(range(len(found), min(len(found) + _CHUNK, total)))
             append_jsonl(path, *new)
             found += new
             bar.update(len(new))
-    return found
+            if bill and not estimate:
+                estimate = _projected(bill(), total / len(found))
+                log.info("%s: %d cost %.4g so far; all %d will take about %d requests, %d tokens read, %d written, and "
+                         "cost %.4g", path, len(found), bill().price, total, estimate["requests"],
+                         estimate["tokens_in"], estimate["tokens_out"], estimate["price"])
+    return found, {"bill": asdict(bill()), "estimate": estimate} if bill else {}
+
+
+def _projected(bill: Bill, times: float) -> dict[str, float]:
+    """What more of the same costs."""
+    return {"requests": round(bill.requests * times), "tokens_in": round(bill.tokens_in * times),
+            "tokens_out": round(bill.tokens_out * times), "price": bill.price * times}
 
 
 def _describe(prompts: Sequence[Prompt], relations: Sequence[float]) -> dict[str, Any]:

@@ -25,12 +25,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from spatialt2i.core.config import DataConfig, section_hash
+from spatialt2i.core.config import DataConfig
 from spatialt2i.core.device import cpu_count
-from spatialt2i.core.run import progress, seed_of, write_json
+from spatialt2i.core.run import json_text, lasting, progress, seed_of, write_json
 from spatialt2i.data.dataset import SPLITS, assemble, plan, rows_of, write_card
 from spatialt2i.data.shard import FILES, Parts, Shard, make_shard, stored, text_key
-from spatialt2i.data.stages import KEPT, UNPERTURBED
+from spatialt2i.data.stages import EDITS_DROPPED, KEPT, PROMPT_DROPPED, UNPERTURBED
 from spatialt2i.data.stats import COLUMNS, describe
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,10 @@ def build_dataset(*, config: DataConfig, seed: int, folder: Path, parts: Parts,
     sums = assemble([s.path(FILES[3]) for s in shards], splits, folder=folder / "data", rows=config.shard)
     judged = sum((Counter(manifest["counts"]) for manifest in manifests.values()), Counter())
     sizes = Counter(name for part in splits for name in part if name)
-    lost = {name: n for name, n in sorted((judged + dropped).items()) if name != KEPT}
-    counts = {"written": config.pairs, "perturbed": config.pairs - judged[UNPERTURBED], **lost, KEPT: sizes.total(),
+    again = {name: n for name, n in sorted(judged.items()) if name.startswith(PROMPT_DROPPED)}
+    lost = {name: n for name, n in sorted((judged + dropped).items()) if name != KEPT and name not in again}
+    unperturbed = sum(n for name, n in lost.items() if name.startswith((UNPERTURBED, EDITS_DROPPED)))
+    counts = {**again, "written": config.pairs, "perturbed": config.pairs - unperturbed, **lost, KEPT: sizes.total(),
               **{name: sizes[name] for name in SPLITS}}
     statistics = describe(rows_of(folder / "data", COLUMNS))
     statistics["funnel"] = {name: n for name, n in counts.items() if name not in SPLITS}
@@ -77,7 +79,7 @@ def _shards(config: DataConfig, seed: int, folder: Path, parts: Parts) -> list[S
     # neither the number of processes nor how many pairs and splits are wanted changes what is in a full shard
     fixed = dataclasses.replace(config, workers=0, pairs=1, validation=0, test=0)
     ranges = [(start, min(start + config.shard, config.pairs)) for start in range(0, config.pairs, config.shard)]
-    settings = section_hash(fixed)
+    settings = json_text(lasting("data", fixed))
     return [Shard(i, start, stop, config, seed, f"{seed_of(settings, seed, start, stop):016x}", folder, parts)
             for i, (start, stop) in enumerate(ranges)]
 

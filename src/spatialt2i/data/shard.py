@@ -13,7 +13,7 @@ from spatialt2i.core.protocols import Generator, Verifier, Writer
 from spatialt2i.core.run import file_hash, read_json, seed_of, write_json
 from spatialt2i.core.store import write_jsonl, write_preferences
 from spatialt2i.core.types import Prompt
-from spatialt2i.data.stages import KEPT, UNPERTURBED, draw_and_judge, outcome, perturb_prompts, write_prompts
+from spatialt2i.data.stages import KEPT, PROMPT_DROPPED, draw_and_judge, outcome, perturb_prompts, write_prompts
 
 Parts = Callable[[], tuple[Writer, Generator, Verifier]]
 FILES = ("prompts/{}.jsonl", "pairs/{}.jsonl", "verdicts/{}.jsonl", "shards/{}.parquet")
@@ -52,10 +52,11 @@ def make_shard(shard: Shard) -> dict[str, Any]:
     """Compute a shard, write its files, and return its manifest."""
     writer, generator, verifier = shard.parts()
     counts: Counter[str] = Counter()
-    prompts = write_prompts(writer, indices=range(shard.start, shard.stop), config=shard.config, seed=shard.seed)
+    prompts, drops = write_prompts(writer, indices=range(shard.start, shard.stop), config=shard.config, seed=shard.seed)
+    counts.update(f"{PROMPT_DROPPED}: {drop.kind}" for drop in drops)
     pairs = perturb_prompts(writer, prompts, config=shard.config, seed=shard.seed)
-    counts[UNPERTURBED] = pairs.count(None)
-    found, verdicts, kept = [p for p in pairs if p is not None], [], []
+    counts.update(why for why in pairs if isinstance(why, str))
+    found, verdicts, kept = [p for p in pairs if not isinstance(p, str)], [], []
     for preference, crossed in draw_and_judge(generator, verifier, found, seed=shard.seed):
         result = outcome(preference.verdicts, crossed)
         counts[result] += 1

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -15,27 +18,65 @@ from spatialt2i.core.run import seed_of
 from spatialt2i.core.types import Pair, Preference, Prompt, Verdict
 
 KEPT = "kept"
-UNPERTURBED = "no satisfiable edit"
+S, T = TypeVar("S"), TypeVar("T")
+UNPERTURBED, EDITS_DROPPED = "no satisfiable edit", "edits dropped"  # why a prompt is not perturbed
+PROMPT_DROPPED = "prompt dropped"  # and another one written in its place
 _ATTEMPTS = 1000  # texts in a row that are taken already, before a writer counts as exhausted
+_PATIENCE = 10  # times that a writer may drop one prompt
 _BATCH = 64  # pairs drawn and judged at a time, which bounds the memory of their pictures
 
 
+class Dropped(RuntimeError):
+    """A writer has no usable prompt, or no usable edits, for one seed.
+
+    Attributes:
+        kind: what to count it as.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class WriterError(RuntimeError):
+    """A writer has nothing usable at all."""
+
+
+class Drop(NamedTuple):
+    """A prompt that was not written: the id that it would have had, what it counts as, and why."""
+
+    id: str
+    kind: str
+    message: str
+
+
 def write_prompts(writer: Writer, *, indices: Sequence[int], config: DataConfig, seed: int,
-                  taken: set[str] | None = None) -> list[Prompt]:
+                  taken: set[str] | None = None) -> tuple[list[Prompt], list[Drop]]:
     """One prompt per candidate index; how many relations each has follows ``config.relations``.
 
-    None has a text in ``taken``, which then has theirs.
+    Args:
+        writer: a prompt that it drops is asked for anew, by another seed.
+        indices: of the candidates. config: how many relations. seed: the run's.
+        taken: texts that no prompt may have; it then has theirs. None allows all.
+
+    Returns:
+        The prompts, and those that were dropped on the way.
 
     Raises:
         ValueError: the writer has no other texts.
+        WriterError: it drops everything.
     """
     weights = np.array(config.relations, dtype=np.float64) / sum(config.relations)
-    prompts = []
-    for i in indices:
+    drops: list[list[Drop]] = [[] for _ in indices]
+    attempts = []
+    for i, dropped in zip(indices, drops, strict=True):
         n = 1 + int(np.random.default_rng(seed_of(seed, "data-relations", i)).choice(len(weights), p=weights))
-        prompts.append(fresh_prompt(writer, id=f"{seed}-{i}", n_relations=n, taken=set() if taken is None else taken,
-                                    seeds=functools.partial(_prompt_seed, seed, i)))
-    return prompts
+        attempts.append(_attempts(writer, id=f"{seed}-{i}", n_relations=n, drops=dropped,
+                                  seeds=functools.partial(_prompt_seed, seed, i)))
+    prompts = _at_a_time(writer.threads, next, attempts)
+    for i, others in enumerate(attempts if taken is not None else ()):
+        prompts[i] = _first_new(itertools.chain([prompts[i]], others), taken)
+    return prompts, list(itertools.chain(*drops))
 
 
 def fresh_prompt(writer: Writer, *, id: str, n_relations: int, seeds: Callable[[int], int], taken: set[str]) -> Prompt:
@@ -48,29 +89,60 @@ def fresh_prompt(writer: Writer, *, id: str, n_relations: int, seeds: Callable[[
 
     Raises:
         ValueError: no other text was found.
+        WriterError: the writer drops everything.
     """
+    return _first_new(_attempts(writer, id=id, n_relations=n_relations, seeds=seeds, drops=[]), taken)
+
+
+def _first_new(prompts: Iterable[Prompt], taken: set[str]) -> Prompt:
+    prompt = next(prompt for prompt in prompts if prompt.text not in taken)
+    taken.add(prompt.text)
+    return prompt
+
+
+def _attempts(writer: Writer, *, id: str, n_relations: int, seeds: Callable[[int], int],
+              drops: list[Drop]) -> Iterator[Prompt]:
+    """Prompts of one seed after another; those that the writer drops are added to ``drops``."""
     for attempt in range(_ATTEMPTS):
-        prompt = writer.write(id=id, n_relations=n_relations, seed=seeds(attempt))
-        if prompt.text not in taken:
-            taken.add(prompt.text)
-            return prompt
-    raise ValueError(f"the writer finds no new prompt with {n_relations} relations beside {len(taken)} others; ask for "
-                     "fewer prompts")
+        try:
+            yield writer.write(id=id, n_relations=n_relations, seed=seeds(attempt))
+        except Dropped as error:
+            drops.append(Drop(id, error.kind, str(error)))
+            if len(drops) == _PATIENCE:
+                raise WriterError(f"the writer has dropped the prompt {id} {_PATIENCE} times, at last because: "
+                                  f"{error}; look into its settings. Finished work is kept") from error
+    raise ValueError(f"the writer finds no new prompt with {n_relations} relations; ask for fewer prompts")
 
 
 def _prompt_seed(seed: int, index: int, attempt: int) -> int:
     return seed_of(seed, "data-prompt", index, *([attempt] if attempt else []))
 
 
-def perturb_prompts(writer: Writer, prompts: Sequence[Prompt], *, config: DataConfig, seed: int) -> list[Pair | None]:
-    """One edit with probability ``config.one_perturbation``, else two or three; None where no legal edit exists."""
-    pairs = []
-    for prompt in prompts:
+def perturb_prompts(writer: Writer, prompts: Sequence[Prompt], *, config: DataConfig, seed: int) -> list[Pair | str]:
+    """One edit with probability ``config.one_perturbation``, else two or three.
+
+    Returns:
+        A pair for each prompt, or why there is none: `UNPERTURBED`, or `EDITS_DROPPED` and the kind.
+    """
+    def perturbed(prompt: Prompt) -> Pair | str:
         rng = np.random.default_rng(seed_of(seed, "data-edits", prompt.id))
         wanted = 1 if rng.random() < config.one_perturbation else int(rng.integers(2, 4))
-        pairs.append(writer.perturb(prompt=prompt, n_edits=min(wanted, len(prompt.relations)),
-                                    seed=seed_of(seed, "data-perturb", prompt.id)))
-    return pairs
+        try:
+            return writer.perturb(prompt=prompt, n_edits=min(wanted, len(prompt.relations)),
+                                  seed=seed_of(seed, "data-perturb", prompt.id)) or UNPERTURBED
+        except Dropped as error:
+            return f"{EDITS_DROPPED}: {error.kind}"
+
+    return _at_a_time(writer.threads, perturbed, prompts)
+
+
+def _at_a_time(threads: int, function: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """The function's values; an error or Ctrl-C lets calls under way end, as they are paid, and begins no more."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        return list(pool.map(function, items))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def draw_and_judge(generator: Generator, verifier: Verifier, pairs: Sequence[Pair], *,

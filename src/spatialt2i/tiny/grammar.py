@@ -47,6 +47,8 @@ _MOVES: dict[str, tuple[str, ...]] = {
 class TinyWriter:
     """Prompts of the tabletop world: an opener, an anchor object, and clauses chained to it."""
 
+    threads = 1
+
     def write(self, *, id: str, n_relations: int, seed: int) -> Prompt:
         """A prompt that can be satisfied: it is read off a scene that was laid out on the way.
 
