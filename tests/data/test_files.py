@@ -138,5 +138,6 @@ def test_the_options_choose_writer_count_and_seed(tmp_path: Path) -> None:
     figures = json.loads(done.stdout)
     assert figures["pairs"] + figures.get("no satisfiable edit", 0) == 12
     assert [row["id"] for row in read_jsonl(out)] == [f"5-{i}" for i in range(12)]
+    assert all(len(row["relations"]) >= 3 for row in read_jsonl(out)), "the paper's numbers of relations, not tiny's"
     wrong = run(["data", "prompts", "--writer", "novelist", "--out", str(tmp_path / "c.jsonl")])
     assert wrong.exit_code == 2 and "data.writer" in wrong.stderr and "grammar" in wrong.stderr

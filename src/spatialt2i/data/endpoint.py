@@ -192,8 +192,9 @@ class Endpoint:
             if _is_broke(error):
                 raise EndpointError(f"{self._config.base_url}: {error}; the account has no credit left") from error
             raise EndpointError(f"{self._config.base_url} does not answer: {_kind(error)} after "
-                                f"{self._config.retries + 1} tries: {error}. What is done is kept; run the same "
-                                "command again later, or raise retries or timeout") from error
+                                f"{self._config.retries + 1} tries ({str(error).rstrip('.') or 'no reply'}). What is "
+                                "done is kept; run the same command again later, or raise retries or timeout"
+                                ) from error
         except openai.APIStatusError as error:
             if error.code in _FILTERED:
                 return Reply(str(error), 0, 0, "content filter")
