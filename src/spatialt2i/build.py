@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spatialt2i import __version__
 from spatialt2i.core.config import Config, load_config
 from spatialt2i.core.device import describe_machine, measured, pick_device, set_threads
 from spatialt2i.core.run import (
@@ -59,17 +60,13 @@ def data_build(config: Config, run: RunDir) -> dict[str, Any]:
 def data_prompts(config: Config, run: RunDir | None, *, out: Path) -> dict[str, Any]:
     """Prompts alone, as JSON lines in ``out``."""
     from spatialt2i.data.files import write_prompt_file
-    endpoint = make_endpoint(config, _replies(out))
-    return write_prompt_file(make_writer(config, endpoint), config=config.data, seed=config.seed, path=out,
-                             bill=endpoint and endpoint.bill)
+    return write_prompt_file(**_writing(config, out))
 
 
 def data_perturb(config: Config, run: RunDir | None, *, prompts: Path, out: Path) -> dict[str, Any]:
     """A perturbed prompt, and its edits, for each line of ``prompts``, as JSON lines in ``out``."""
     from spatialt2i.data.files import write_pair_file
-    endpoint = make_endpoint(config, _replies(out))
-    return write_pair_file(make_writer(config, endpoint), prompts, config=config.data, seed=config.seed, path=out,
-                           bill=endpoint and endpoint.bill)
+    return write_pair_file(prompts=prompts, **_writing(config, out))
 
 
 def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
@@ -224,10 +221,10 @@ def all_stages(config: Config, run: RunDir) -> dict[str, Any]:
 
 def doctor(config: Config, run: RunDir | None) -> dict[str, Any]:
     """The machine, the packages, the shipped weights, and how far the run is."""
-    found = {"spatialt2i": _version(), **describe_machine()}
+    found = {"spatialt2i": __version__, **describe_machine()}
     absent = "missing: needed by the presets tiny and quickstart; make tiny-weights"
-    found["weights"] = {name: f"{_size_mb(WEIGHTS / name):.1f} MB" if (WEIGHTS / name).is_dir() else absent
-                        for name in SHIPPED}
+    sizes = {name: sum(f.stat().st_size for f in (WEIGHTS / name).rglob("*") if f.is_file()) for name in SHIPPED}
+    found["weights"] = {name: f"{size / 2**20:.1f} MB" if size else absent for name, size in sizes.items()}
     found["disk_free_gb"] = round(shutil.disk_usage(run.path if run else Path.cwd()).free / 2**30, 1)
     if "torch" not in found["missing"]:
         found["device"] = str(pick_device(config.device))
@@ -376,8 +373,11 @@ def _needs(run: RunDir, stage: str, command: str) -> None:
                        f"`spatialt2i {command} --run {run.path}` first")
 
 
-def _replies(out: Path) -> Path:
-    return out.with_suffix(".replies.sqlite")
+def _writing(config: Config, out: Path) -> dict[str, Any]:
+    """What the writers of files are told; a model's replies are kept beside the file."""
+    endpoint = make_endpoint(config, out.with_suffix(".replies.sqlite"))
+    return {"writer": make_writer(config, endpoint), "config": config.data, "seed": config.seed, "path": out,
+            "bill": endpoint and endpoint.bill}
 
 
 def _device(config: Config) -> torch.device:
@@ -394,12 +394,3 @@ def _open_image(path: Path) -> Any:
         raise FileNotFoundError(f"{path}: no such image file") from e
     except (OSError, SyntaxError) as e:
         raise OSError(f"{path}: not a picture that can be decoded ({e}); expected PNG, JPEG or WebP") from e
-
-
-def _size_mb(folder: Path) -> float:
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20
-
-
-def _version() -> str:
-    from spatialt2i import __version__
-    return __version__

@@ -116,19 +116,15 @@ def test_what_stays_invalid_is_dropped_by_its_kind(reply: Answer, kind: str, ser
     assert caught.value.kind == kind
 
 
-def change(prompt: Prompt, **changes: Any) -> Prompt:
-    return replace(prompt, **changes)
-
-
 @pytest.mark.parametrize(("spoil", "fault"), [
-    (lambda p: change(p, relations=p.relations[:-1]), "number of relations: 7 are listed, 8 were asked for"),
-    (lambda p: change(p, text="A short one."), "length: 3 words, 35 to 125 were asked for"),
-    (lambda p: change(p, relations=(*p.relations[:-1], Relation("left of", "unicorn", (p.objects[0],)))),
+    (lambda p: replace(p, relations=p.relations[:-1]), "number of relations: 7 are listed, 8 were asked for"),
+    (lambda p: replace(p, text="A short one."), "length: 3 words, 35 to 125 were asked for"),
+    (lambda p: replace(p, relations=(*p.relations[:-1], Relation("left of", "unicorn", (p.objects[0],)))),
      "objects: the text does not name unicorn"),
-    (lambda p: change(p, relations=(*p.relations[:-1], p.relations[0])), "relations: .* is listed twice"),
-    (lambda p: change(p, relations=(*p.relations[:-2], Relation("left of", *p.objects[:1], (p.objects[1],)),
+    (lambda p: replace(p, relations=(*p.relations[:-1], p.relations[0])), "relations: .* is listed twice"),
+    (lambda p: replace(p, relations=(*p.relations[:-2], Relation("left of", *p.objects[:1], (p.objects[1],)),
                                     Relation("right of", *p.objects[:1], (p.objects[1],)))), "contradiction: "),
-    (lambda p: change(p, relations=(*p.relations[:-1], Relation("near", p.objects[0], (p.objects[1],)))),
+    (lambda p: replace(p, relations=(*p.relations[:-1], Relation("near", p.objects[0], (p.objects[1],)))),
      "contradiction: .* not a relation of different objects")])
 def test_a_prompt_that_does_not_fit_is_told_why(spoil: Callable[[Prompt], Prompt], fault: str, pair: Pair) -> None:
     assert faults_of_prompt(pair.perfect, 8) == []

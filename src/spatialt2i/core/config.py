@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
+import tomli_w
+
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 MOST_RELATIONS = 12  # of one prompt: what the writers can write
 PER_PROMPT = (0, 0, 503, 3348, 10572, 15572, 19054, 13829, 11056, 3430, 1428, 357)  # figure "relations per prompt"
@@ -243,19 +245,7 @@ def to_dict(section: Any) -> dict[str, Any]:
 
 def to_toml(config: Any) -> str:
     """TOML text that `load_config` reads back to an equal config."""
-    tables: list[str] = [""]
-
-    def write(values: dict[str, Any], prefix: str) -> None:
-        here = len(tables) - 1
-        for name, value in values.items():
-            if isinstance(value, dict):
-                tables.append(f"\n[{prefix}{name}]\n")
-                write(value, f"{prefix}{name}.")
-            else:
-                tables[here] += f"{name} = {_toml(value)}\n"
-
-    write(to_dict(config), "")
-    return "".join(tables)
+    return tomli_w.dumps(to_dict(config))
 
 
 def describe(config: Config, sections: Sequence[str] | None = None) -> list[Setting]:
@@ -266,7 +256,7 @@ def describe(config: Config, sections: Sequence[str] | None = None) -> list[Sett
         sections: only these sections, besides the settings that belong to none; None shows all.
     """
     values = dict(_flat(to_dict(config)))
-    return [Setting(key, _expected(kind, field_), _toml(values[key]), field_.metadata.get("help", ""))
+    return [Setting(key, _expected(kind, field_), _shown(values[key]), field_.metadata.get("help", ""))
             for key, (kind, field_) in _fields().items()
             if sections is None or "." not in key or key.split(".")[0] in sections]
 
@@ -328,12 +318,12 @@ def _checked(key: str, value: Any, where: str) -> Any:
     if key not in fields:
         inside = [k for k in fields if k.startswith(key + ".")]
         if inside:
-            raise ConfigError(f"{where}: {key} = {_toml(value)}: {key} is a section; expected a setting in it, "
+            raise ConfigError(f"{where}: {key} = {_shown(value)}: {key} is a section; expected a setting in it, "
                               f"such as {inside[0]}")
-        raise ConfigError(f"{where}: {key} = {_toml(value)}: there is no setting {key}; expected one that --help lists"
+        raise ConfigError(f"{where}: {key} = {_shown(value)}: there is no setting {key}; expected one that --help lists"
                           + _nearest(key, fields))
     kind, field_ = fields[key]
-    error = ConfigError(f"{where}: {key} = {_toml(value)}: expected {_expected(kind, field_)}"
+    error = ConfigError(f"{where}: {key} = {_shown(value)}: expected {_expected(kind, field_)}"
                         + (_nearest(value, field_.metadata["choices"]) if "choices" in field_.metadata else ""))
     if get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)) or not value:
@@ -373,8 +363,8 @@ def _check_together(config: Config, where: str) -> None:
         (data.validation + data.test < 1, f"data.validation = {data.validation} with data.test = {data.test}: expected "
          "their sum to be below 1, or nothing is left to train on")]
     for key, weights in (("data.relations", data.relations), ("rl.relations", rl.relations)):
-        rules += [(sum(weights) > 0, f"{key} = {_toml(weights)}: expected at least one number above 0"),
-                  (len(weights) <= MOST_RELATIONS, f"{key} = {_toml(weights)}: expected at most {MOST_RELATIONS} "
+        rules += [(sum(weights) > 0, f"{key} = {_shown(weights)}: expected at least one number above 0"),
+                  (len(weights) <= MOST_RELATIONS, f"{key} = {_shown(weights)}: expected at most {MOST_RELATIONS} "
                    f"numbers, because a prompt has 1 to {MOST_RELATIONS} relations")]
     for holds, problem in rules:
         if not holds:
@@ -401,11 +391,5 @@ def _nearest(word: Any, words: Any) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_toml(v) for v in value)}]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
-    return str(value)
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str)

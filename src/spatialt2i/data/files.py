@@ -49,7 +49,7 @@ def write_prompt_file(writer: Writer, *, config: DataConfig, seed: int, path: Pa
 
     def rows(indices: range) -> list[dict[str, Any]]:
         prompts, drops = write_prompts(writer, indices=indices, config=config, seed=seed, taken=taken)
-        dropped.update(drop.kind for drop in drops)
+        dropped.update(drops)
         return [p.to_json() for p in prompts]
 
     written, cost = _extend(path, config.pairs, rows, bill, desc="prompts", seen=lambda row: taken.add(row["text"]))

@@ -53,7 +53,7 @@ def make_shard(shard: Shard) -> dict[str, Any]:
     writer, generator, verifier = shard.parts()
     counts: Counter[str] = Counter()
     prompts, drops = write_prompts(writer, indices=range(shard.start, shard.stop), config=shard.config, seed=shard.seed)
-    counts.update(f"{PROMPT_DROPPED}: {drop.kind}" for drop in drops)
+    counts.update({f"{PROMPT_DROPPED}: {kind}": n for kind, n in drops.items()})
     pairs = perturb_prompts(writer, prompts, config=shard.config, seed=shard.seed)
     counts.update(why for why in pairs if isinstance(why, str))
     found, verdicts, kept = [p for p in pairs if not isinstance(p, str)], [], []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -42,16 +43,8 @@ class WriterError(RuntimeError):
     """A writer has nothing usable at all."""
 
 
-class Drop(NamedTuple):
-    """A prompt that was not written: the id that it would have had, what it counts as, and why."""
-
-    id: str
-    kind: str
-    message: str
-
-
 def write_prompts(writer: Writer, *, indices: Sequence[int], config: DataConfig, seed: int,
-                  taken: set[str] | None = None) -> tuple[list[Prompt], list[Drop]]:
+                  taken: set[str] | None = None) -> tuple[list[Prompt], Counter[str]]:
     """One prompt per candidate index; how many relations each has follows ``config.relations``.
 
     Args:
@@ -60,14 +53,14 @@ def write_prompts(writer: Writer, *, indices: Sequence[int], config: DataConfig,
         taken: texts that no prompt may have; it then has theirs. None allows all.
 
     Returns:
-        The prompts, and those that were dropped on the way.
+        The prompts, and how many were dropped on the way, by kind.
 
     Raises:
         ValueError: the writer has no other texts.
         WriterError: it drops everything.
     """
     weights = np.array(config.relations, dtype=np.float64) / sum(config.relations)
-    drops: list[list[Drop]] = [[] for _ in indices]
+    drops: list[list[str]] = [[] for _ in indices]
     attempts = []
     for i, dropped in zip(indices, drops, strict=True):
         n = 1 + int(np.random.default_rng(seed_of(seed, "data-relations", i)).choice(len(weights), p=weights))
@@ -76,7 +69,7 @@ def write_prompts(writer: Writer, *, indices: Sequence[int], config: DataConfig,
     prompts = _at_a_time(writer.threads, next, attempts)
     for i, others in enumerate(attempts if taken is not None else ()):
         prompts[i] = _first_new(itertools.chain([prompts[i]], others), taken)
-    return prompts, list(itertools.chain(*drops))
+    return prompts, Counter(itertools.chain(*drops))
 
 
 def fresh_prompt(writer: Writer, *, id: str, n_relations: int, seeds: Callable[[int], int], taken: set[str]) -> Prompt:
@@ -101,13 +94,13 @@ def _first_new(prompts: Iterable[Prompt], taken: set[str]) -> Prompt:
 
 
 def _attempts(writer: Writer, *, id: str, n_relations: int, seeds: Callable[[int], int],
-              drops: list[Drop]) -> Iterator[Prompt]:
-    """Prompts of one seed after another; those that the writer drops are added to ``drops``."""
+              drops: list[str]) -> Iterator[Prompt]:
+    """Prompts of one seed after another; the kinds of those that the writer drops are added to ``drops``."""
     for attempt in range(_ATTEMPTS):
         try:
             yield writer.write(id=id, n_relations=n_relations, seed=seeds(attempt))
         except Dropped as error:
-            drops.append(Drop(id, error.kind, str(error)))
+            drops.append(error.kind)
             if len(drops) == _PATIENCE:
                 raise WriterError(f"the writer has dropped the prompt {id} {_PATIENCE} times, at last because: "
                                   f"{error}; look into its settings. Finished work is kept") from error
