@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -22,6 +23,7 @@ class Answer:
         fault: "", "hang" (says nothing for long), "cut" (closes in the middle), "garbage" (no JSON), "drip" (a byte a
             while).
         tokens: read and written, as the server counts them.
+        image: the file of a picture, for a request of one.
     """
 
     text: str = "fine"
@@ -32,6 +34,7 @@ class Answer:
     code: str | None = None
     fault: str = ""
     tokens: tuple[int, int] = (100, 50)
+    image: bytes = b""
 
 
 @dataclass
@@ -75,6 +78,10 @@ def fake_llm(behave: Callable[[dict[str, Any], int], Answer] = lambda request, t
                     "choices": [{"index": 0, "message": message, "finish_reason": answer.finish}],
                     "usage": {"prompt_tokens": answer.tokens[0], "completion_tokens": answer.tokens[1],
                               "total_tokens": sum(answer.tokens)}}
+                if self.path.endswith("/images/generations"):
+                    body = {"created": 0, "data": [{"b64_json": base64.b64encode(answer.image).decode()}],
+                            "usage": {"input_tokens": answer.tokens[0], "output_tokens": answer.tokens[1],
+                                      "total_tokens": sum(answer.tokens)}}
                 if not answer.fault:
                     server.paid.append(answer.tokens)
             else:

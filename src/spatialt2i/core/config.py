@@ -36,7 +36,7 @@ def setting(default: Any, help: str, *, ge: float | None = None, gt: float | Non
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """An OpenAI-compatible chat endpoint. Prices and budget are in one currency, whichever."""
+    """An OpenAI-compatible endpoint, of chats or of images. Prices and budget are in one currency, whichever."""
 
     base_url: str = setting("https://api.openai.com/v1", "where it is")  # [ours], like all of these
     model: str = setting("gpt-5", "which model")  # the paper's writer
@@ -48,6 +48,7 @@ class EndpointConfig:
     retries: int = setting(8, "further tries after limits, time-outs and errors of the server", ge=0)
     price_in: float = setting(0.0, "price of a million tokens read", ge=0)
     price_out: float = setting(0.0, "price of a million tokens written", ge=0)
+    price_image: float = setting(0.0, "price of a picture", ge=0)
     budget: float = setting(0.0, "stop before this is spent; 0 sets no limit", ge=0)
 
 
@@ -193,9 +194,9 @@ class Setting(NamedTuple):
     help: str
 
 
-def preset_names() -> list[str]:
+def preset_names(folder: Path = PRESETS) -> list[str]:
     """The names of the shipped presets."""
-    return sorted(p.stem for p in PRESETS.glob("*.toml"))
+    return sorted(p.stem for p in folder.glob("*.toml"))
 
 
 def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -208,25 +209,30 @@ def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: unknown preset, unknown key, wrong type, value out of range, settings that exclude each other.
     """
-    path = _preset_path(preset)
+    path = preset_path(preset)
+    config = read_settings(Config, path, overrides)
+    _check_together(config, f"{path}" + (f" with {' '.join(overrides)}" if overrides else ""))
+    return config
+
+
+def read_settings(cls: type[Any], path: Path, overrides: Sequence[str] = ()) -> Any:
+    """The defaults of such a dataclass, changed by a TOML file, changed by overrides; see `load_config`.
+
+    Raises:
+        ConfigError: no TOML file, unknown key, wrong type, value out of range.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: not a TOML file: {e}") from e
-    except OSError as e:
-        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from e
-    values: dict[str, Any] = {}
-    for key, value in _flat(table):
-        if value != {} or not hasattr(Config(), key):  # an empty section is fine where the section exists
-            values[key] = _checked(key, value, str(path))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as e:
+        raise ConfigError(f"{path}: not a TOML file that can be read: {e}") from e
+    values = {key: _checked(key, value, str(path), _fields(cls)) for key, value in _flat(table, _fields(cls))
+              if value != {} or not hasattr(cls(), key)}  # an empty section is fine where the section exists
     for override in overrides:
         key, sign, text = (part.strip() for part in override.partition("="))
         if not sign or not key:
             raise ConfigError(f"override {override!r}: expected KEY=VALUE, for example rl.top_k=6")
-        values[key] = _checked(key, _override_value(text), f"override {override!r}")
-    config = _build(Config, "", values)
-    _check_together(config, f"{path}" + (f" with {' '.join(overrides)}" if overrides else ""))
-    return config
+        values[key] = _checked(key, _override_value(text), f"override {override!r}", _fields(cls))
+    return _build(cls, "", values)
 
 
 def to_dict(section: Any) -> dict[str, Any]:
@@ -251,20 +257,19 @@ def to_toml(config: Any) -> str:
 def describe(config: Config, sections: Sequence[str] | None = None) -> list[Setting]:
     """Every setting with its type, its value in ``config`` and its meaning, for ``--help`` and documentation.
 
-    Args:
-        config: whose values are shown; ``Config()`` shows the defaults.
-        sections: only these sections, besides the settings that belong to none; None shows all.
+    With ``sections``, only those of these sections and those that belong to none.
     """
-    values = dict(_flat(to_dict(config)))
+    values = dict(_flat(to_dict(config), _fields(Config)))
     return [Setting(key, _expected(kind, field_), _shown(values[key]), field_.metadata.get("help", ""))
-            for key, (kind, field_) in _fields().items()
+            for key, (kind, field_) in _fields(Config).items()
             if sections is None or "." not in key or key.split(".")[0] in sections]
 
 
-def _preset_path(preset: str | Path) -> Path:
-    names = preset_names()
+def preset_path(preset: str | Path, folder: Path = PRESETS) -> Path:
+    """The file of a shipped preset, or the file that was named."""
+    names = preset_names(folder)
     if preset in names:
-        return PRESETS / f"{preset}.toml"
+        return folder / f"{preset}.toml"
     path = Path(preset)
     if path.is_file():
         return path
@@ -273,8 +278,8 @@ def _preset_path(preset: str | Path) -> Path:
 
 
 @cache
-def _fields() -> dict[str, tuple[Any, dataclasses.Field]]:
-    """Dotted key -> (type, field) of every setting of `Config`."""
+def _fields(cls: type) -> dict[str, tuple[Any, dataclasses.Field]]:
+    """Dotted key -> (type, field) of every setting of such a dataclass."""
     def walk(cls: type, prefix: str) -> Iterator[tuple[str, tuple[Any, dataclasses.Field]]]:
         hints = get_type_hints(cls)
         for f in dataclasses.fields(cls):
@@ -283,13 +288,13 @@ def _fields() -> dict[str, tuple[Any, dataclasses.Field]]:
             else:
                 yield prefix + f.name, (hints[f.name], f)
 
-    return dict(walk(Config, ""))
+    return dict(walk(cls, ""))
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(table: Mapping[str, Any], fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in table.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping) and value and fields.get(prefix + name, (None,))[0] is not dict:
+            yield from _flat(value, fields, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
@@ -312,9 +317,8 @@ def _override_value(text: str) -> Any:
     return parsed["value"] if parsed.keys() == {"value"} else text
 
 
-def _checked(key: str, value: Any, where: str) -> Any:
+def _checked(key: str, value: Any, where: str, fields: Mapping[str, Any]) -> Any:
     """The value in the type of its field, or an error that names everything needed to mend it."""
-    fields = _fields()
     if key not in fields:
         inside = [k for k in fields if k.startswith(key + ".")]
         if inside:

@@ -8,13 +8,18 @@ faults that may pass are tried again until they do, or end the work, which can t
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
+import functools
+import io
 import json
+import logging
 import os
+import re
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -22,21 +27,31 @@ from typing import Any
 
 import openai
 import tenacity
+from PIL import Image
 
 from spatialt2i.core.config import EndpointConfig
 from spatialt2i.core.run import disk_errors
 from spatialt2i.core.store import CorruptData
+from spatialt2i.data.images import ImageStore
 
+log = logging.getLogger(__name__)
 LONGEST_WAIT = 60.0  # seconds between two tries, whatever a server asks for
 _BACK_OFF = tenacity.wait_random_exponential(multiplier=0.5, max=30)
 _MILLION = 1e6
+
+
+class _NoPicture(ValueError):
+    """What should be a picture cannot be decoded."""
+
+
 # what may pass, and what it counts as; the first that fits
 _KINDS: dict[type[Exception], str] = {
     TimeoutError: "timeout", openai.APITimeoutError: "timeout", openai.RateLimitError: "rate limit",
     openai.InternalServerError: "server error", openai.APIResponseValidationError: "server error",
-    json.JSONDecodeError: "server error", openai.APIConnectionError: "connection"}
+    json.JSONDecodeError: "server error", _NoPicture: "server error", openai.APIConnectionError: "connection"}
 _PASSING = tuple(_KINDS)
-_FILTERED = ("content_filter", "content_policy_violation")  # codes of requests that are refused unread
+# codes of requests that are refused unread: of chats, of GPT-Image, and of Seedream
+_FILTERED = re.compile("content_filter|content_policy_violation|moderation_blocked|SensitiveContent")
 
 
 class AskError(RuntimeError):
@@ -64,14 +79,15 @@ class Reply:
     """What an endpoint answered.
 
     Attributes:
-        text: the answer.
-        tokens_in, tokens_out: what it cost.
+        text: the answer, or the name of the picture in its store.
+        tokens_in, tokens_out, images: what it cost.
         kind: "" for an answer, else why there is none, see `AskError`.
     """
 
     text: str
     tokens_in: int
     tokens_out: int
+    images: int = 0
     kind: str = ""
 
 
@@ -80,19 +96,20 @@ class Bill:
     """What was asked of an endpoint so far, in all processes that share its store.
 
     Attributes:
-        requests: answered ones. tokens_in, tokens_out: of all of them. price: in the preset's currency.
+        requests: answered ones. tokens_in, tokens_out, images: of all of them. price: in the preset's currency.
         faults: tries of this process that had to be made again, by kind.
     """
 
     requests: int
     tokens_in: int
     tokens_out: int
+    images: int
     price: float
     faults: dict[str, int]
 
 
 class Endpoint:
-    """Asks a chat model, from any number of threads.
+    """Asks a chat or an image model, from any number of threads.
 
     Args:
         config: where it is, and how much it may cost.
@@ -136,21 +153,40 @@ class Endpoint:
                                    "max_completion_tokens": self._config.max_tokens}
         if schema is not None:
             request["response_format"] = {"type": "json_schema", "json_schema": {**schema, "strict": True}}
-        text = json.dumps(request, sort_keys=True)
-        key = hashlib.sha256(f"{self._config.base_url} {text}".encode()).hexdigest()
+        key, most = self._identified(request)
         reply = self._store.find(key)
         if reply is None:
-            with self._reserve(self._price(len(text), self._config.max_tokens)):
-                reply = asyncio.run_coroutine_threadsafe(self._fetch(request), self._loop).result()
-                self._store.keep(key, reply)
-        if reply.kind:
-            raise AskError(reply.kind, f"{self._config.model}: {reply.kind}: {reply.text[:200]}")
-        return reply.text
+            reply = self._paid(key, most, request, self._client.chat.completions.create, _read)
+        return self._given(reply)
+
+    def draw(self, *, prompt: str, settings: Mapping[str, Any], seed: int, images: ImageStore) -> Image.Image:
+        """The picture of a text; one that was drawn before, and is still whole in its store, costs nothing.
+
+        Args:
+            prompt: the text. settings: further fields of the request. images: keeps the picture.
+            seed: tells apart requests of the same words; it is not sent, because not every endpoint takes one.
+
+        Raises:
+            AskError: no picture.
+            BudgetSpent, EndpointError, DiskFull: see `ask`.
+        """
+        request = {"model": self._config.model, "prompt": prompt, "n": 1, "extra_body": dict(settings)}
+        key, most = self._identified({**request, "seed": seed}, images=1)
+        reply = self._store.find(key)
+        if reply is not None and not reply.kind:
+            try:
+                return _decoded(images.read(reply.text))
+            except CorruptData as error:
+                log.warning("%s; it is asked for, and paid, again", error)
+                reply = None
+        if reply is None:
+            reply = self._paid(key, most, request, self._client.images.generate, functools.partial(_picture, images))
+        return _decoded(images.read(self._given(reply)))
 
     def bill(self) -> Bill:
         """What was asked so far, by all that share the store."""
-        requests, tokens_in, tokens_out = self._store.totals()
-        return Bill(requests, tokens_in, tokens_out, self._price(tokens_in, tokens_out), dict(self._faults))
+        requests, *cost = self._store.totals()
+        return Bill(requests, *cost, self._price(*cost), dict(self._faults))
 
     def close(self) -> None:
         """Let go of the connections and of the store."""
@@ -158,8 +194,28 @@ class Endpoint:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._store.close()
 
-    def _price(self, tokens_in: float, tokens_out: float) -> float:
-        return (tokens_in * self._config.price_in + tokens_out * self._config.price_out) / _MILLION
+    def _price(self, tokens_in: float, tokens_out: float, images: float) -> float:
+        tokens = (tokens_in * self._config.price_in + tokens_out * self._config.price_out) / _MILLION
+        return tokens + images * self._config.price_image
+
+    def _identified(self, request: dict[str, Any], images: int = 0) -> tuple[str, float]:
+        """What tells a request from others, and the most that it may cost."""
+        text = json.dumps(request, sort_keys=True)
+        return (hashlib.sha256(f"{self._config.base_url} {text}".encode()).hexdigest(),
+                self._price(len(text), self._config.max_tokens, images))
+
+    def _paid(self, key: str, most: float, request: dict[str, Any], create: Callable[..., Any],
+              read: Callable[[Any], Reply]) -> Reply:
+        """What the endpoint answers, now in the store."""
+        with self._reserve(most):
+            reply = asyncio.run_coroutine_threadsafe(self._fetch(request, create, read), self._loop).result()
+            self._store.keep(key, reply)
+        return reply
+
+    def _given(self, reply: Reply) -> str:
+        if reply.kind:
+            raise AskError(reply.kind, f"{self._config.model}: {reply.kind}: {reply.text[:200]}")
+        return reply.text
 
     @contextmanager
     def _reserve(self, most: float) -> Iterator[None]:
@@ -181,13 +237,14 @@ class Endpoint:
                 self._under_way -= 1
                 self._changed.notify_all()
 
-    async def _fetch(self, request: dict[str, Any]) -> Reply:
+    async def _fetch(self, request: dict[str, Any], create: Callable[..., Any],
+                     read: Callable[[Any], Reply]) -> Reply:
         """The endpoint's reply, after as many tries as the settings allow."""
         tries = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self._config.retries + 1), wait=_wait, reraise=True, after=self._count,
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, _PASSING) and not _is_broke(error)))
         try:
-            answer = await tries(self._once, request)
+            return await tries(self._once, request, create, read)
         except _PASSING as error:
             if _is_broke(error):
                 raise EndpointError(f"{self._config.base_url}: {error}; the account has no credit left") from error
@@ -196,17 +253,17 @@ class Endpoint:
                                 "done is kept; run the same command again later, or raise retries or timeout"
                                 ) from error
         except openai.APIStatusError as error:
-            if error.code in _FILTERED:
-                return Reply(str(error), 0, 0, "content filter")
+            if error.code and _FILTERED.search(error.code):
+                return Reply(str(error), 0, 0, kind="content filter")
             raise EndpointError(f"{self._config.base_url} takes no such request: {error}; check model = "
                                 f"{self._config.model!r}, base_url, and the key in {self._config.key_env!r}") from error
-        return _read(answer)
 
     def _count(self, state: tenacity.RetryCallState) -> None:
         self._faults[_kind(state.outcome.exception())] += 1
 
-    async def _once(self, request: dict[str, Any]) -> Any:
-        return await asyncio.wait_for(self._client.chat.completions.create(**request), self._config.timeout)
+    async def _once(self, request: dict[str, Any], create: Callable[..., Any], read: Callable[[Any], Reply]) -> Reply:
+        answer = await asyncio.wait_for(create(**request), self._config.timeout)
+        return await asyncio.to_thread(read, answer)
 
 
 def _read(answer: Any) -> Reply:
@@ -218,9 +275,28 @@ def _read(answer: Any) -> Reply:
                             "costs; use one that does")
     tokens = answer.usage.prompt_tokens, answer.usage.completion_tokens
     if choice.message.refusal:
-        return Reply(choice.message.refusal, *tokens, "refusal")
+        return Reply(choice.message.refusal, *tokens, kind="refusal")
     kinds = {"content_filter": "content filter", "length": "cut off"}
-    return Reply(text, *tokens, kinds.get(choice.finish_reason, "" if text else "refusal"))
+    return Reply(text, *tokens, kind=kinds.get(choice.finish_reason, "" if text else "refusal"))
+
+
+def _picture(images: ImageStore, answer: Any) -> Reply:
+    """The picture that an answer holds, now in the store."""
+    data = answer.data[0].b64_json if answer.data else None
+    if not data:
+        raise EndpointError("the endpoint sends no picture in its answer; ask for one with response_format = "
+                            "\"b64_json\" among the preset's fields")
+    usage = answer.usage
+    tokens = (getattr(usage, "input_tokens", None) or 0, getattr(usage, "output_tokens", None) or 0)
+    return Reply(images.keep(_decoded(base64.b64decode(data))), *tokens, images=1)
+
+
+def _decoded(data: bytes) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _NoPicture(f"not a picture that can be decoded: {error}") from error
 
 
 def _kind(error: BaseException) -> str:
@@ -249,25 +325,29 @@ class _Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT NOT NULL, tokens_in "
-                             "INTEGER NOT NULL, tokens_out INTEGER NOT NULL, kind TEXT NOT NULL)")
+            self._db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT NOT NULL, "
+                             "tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL, images INTEGER NOT NULL, "
+                             "kind TEXT NOT NULL)")
             # totals are read before each request, from this index and not from the texts
-            self._db.execute("CREATE INDEX IF NOT EXISTS cost ON replies (tokens_in, tokens_out)")
+            self._db.execute("CREATE INDEX IF NOT EXISTS cost ON replies (tokens_in, tokens_out, images)")
 
     def find(self, key: str) -> Reply | None:
         with self._errors():
-            row = self._db.execute("SELECT text, tokens_in, tokens_out, kind FROM replies WHERE key = ?",
+            row = self._db.execute("SELECT text, tokens_in, tokens_out, images, kind FROM replies WHERE key = ?",
                                    (key,)).fetchone()
         return Reply(*row) if row else None
 
     def keep(self, key: str, reply: Reply) -> None:
         with self._errors():
-            self._db.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?)", (key, *astuple(reply)))
+            self._db.execute(  # what is paid twice costs twice
+                "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET text = excluded.text, "
+                "tokens_in = tokens_in + excluded.tokens_in, tokens_out = tokens_out + excluded.tokens_out, "
+                "images = images + excluded.images, kind = excluded.kind", (key, *astuple(reply)))
 
-    def totals(self) -> tuple[int, int, int]:
+    def totals(self) -> tuple[int, int, int, int]:
         with self._errors():
-            return self._db.execute("SELECT COUNT(*), COALESCE(SUM(tokens_in), 0), COALESCE(SUM(tokens_out), 0) "
-                                    "FROM replies").fetchone()
+            return self._db.execute("SELECT COUNT(*), COALESCE(SUM(tokens_in), 0), COALESCE(SUM(tokens_out), 0), "
+                                    "COALESCE(SUM(images), 0) FROM replies").fetchone()
 
     def close(self) -> None:
         with self._errors():

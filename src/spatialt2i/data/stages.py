@@ -66,7 +66,7 @@ def write_prompts(writer: Writer, *, indices: Sequence[int], config: DataConfig,
         n = 1 + int(np.random.default_rng(seed_of(seed, "data-relations", i)).choice(len(weights), p=weights))
         attempts.append(_attempts(writer, id=f"{seed}-{i}", n_relations=n, drops=dropped,
                                   seeds=functools.partial(_prompt_seed, seed, i)))
-    prompts = _at_a_time(writer.threads, next, attempts)
+    prompts = at_a_time(writer.threads, next, attempts)
     for i, others in enumerate(attempts if taken is not None else ()):
         prompts[i] = _first_new(itertools.chain([prompts[i]], others), taken)
     return prompts, Counter(itertools.chain(*drops))
@@ -126,10 +126,10 @@ def perturb_prompts(writer: Writer, prompts: Sequence[Prompt], *, config: DataCo
         except Dropped as error:
             return f"{EDITS_DROPPED}: {error.kind}"
 
-    return _at_a_time(writer.threads, perturbed, prompts)
+    return at_a_time(writer.threads, perturbed, prompts)
 
 
-def _at_a_time(threads: int, function: Callable[[S], T], items: Iterable[S]) -> list[T]:
+def at_a_time(threads: int, function: Callable[[S], T], items: Iterable[S]) -> list[T]:
     """The function's values; an error or Ctrl-C lets calls under way end, as they are paid, and begins no more."""
     pool = ThreadPoolExecutor(threads)
     try:
