@@ -114,10 +114,11 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["tiny", "quickstart"])
-def test_the_embedded_presets_name_the_embedded_parts(preset: str) -> None:
+def test_the_embedded_presets_name_the_embedded_parts(preset: str, tmp_path: Path) -> None:
     config = load_config(preset)
     assert (config.reward.backbone, config.rl.model) == build.SHIPPED[::-1]
-    assert build.make_writer(config) and build.make_painter(config).name and build.make_verifier(config).name
+    assert [type(part).__name__ for part in build.data_parts(config, tmp_path)] == [
+        "TinyWriter", "TinyPainter", "TinyOracle"]
 
 
 def test_a_damaged_file_of_the_dataset_is_made_again(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from spatialt2i.core.run import (
     seed_of,
     tree_hash,
 )
-from spatialt2i.core.store import read_preferences
+from spatialt2i.core.store import read_image, read_preferences
 from spatialt2i.core.types import Prompt
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "tiny" / "weights"
 SHIPPED = ("tiny-flux", "tiny-qwen2.5-vl")
-DRAWING = ("dtype", "resolution", "max_text_tokens", "guidance_scale", "eval_steps")  # of [rl]: what a picture is
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
@@ -51,10 +50,11 @@ def data_build(config: Config, run: RunDir) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         evaluated = frozenset(p.text for prompts in bench_prompts(config).values() for p in prompts)
         return build_dataset(config=config.data, seed=config.seed, folder=run.stage("data"),
-                             parts=functools.partial(data_parts, config, run.stage("data") / "replies.sqlite"),
-                             exclude=evaluated)
+                             parts=functools.partial(data_parts, config, run.stage("data")), exclude=evaluated,
+                             drawn=_drawn(config))
 
-    return _stage(run, "data", _key(config, "data"), work, outputs=("data/data", "data/statistics.json"))
+    key = f"{seed_of(_key(config, 'data'), _drawn(config)):016x}"
+    return _stage(run, "data", key, work, outputs=("data/data", "data/statistics.json"))
 
 
 def data_prompts(config: Config, run: RunDir | None, *, out: Path) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def reward_score(config: Config, run: RunDir | None, *, images: Sequence[Path], 
     if model is None:
         _needs(run, "reward", "reward train")
     texts = list(prompts) * len(images) if len(prompts) == 1 else list(prompts)
-    pictures = [_open_image(path) for path in images]
+    pictures = [read_image(path) for path in images]
     scores = make_scorer(config, run, model, backbone).score(images=pictures, prompts=texts)
     return {"scores": [
         {"image": str(path), "prompt": text, "mean": float(scores.mean[i]),
@@ -174,6 +174,7 @@ def bench_indomain(config: Config, run: RunDir) -> dict[str, Any]:
     """Part 4: base against tuned generator, pictures under ``eval/``, figures under ``bench/``."""
     _needs(run, "rl", "rl train")
     from spatialt2i.bench.indomain import compare
+    from spatialt2i.rl.policy import DRAWING
     adapter = run.path / "rl" / "adapter"
     drawn = {name: getattr(config.rl, name) for name in DRAWING}
     base = f"{_made(config.rl.model)} {json_text(drawn)}"
@@ -237,9 +238,10 @@ def doctor(config: Config, run: RunDir | None) -> dict[str, Any]:
 
 # ---- objects ---------------------------------------------------------------------------------------------------------
 
-def data_parts(config: Config, replies: Path) -> tuple[Writer, Generator, Verifier]:
-    """What part 1 needs; each of its processes makes its own."""
-    return make_writer(config, make_endpoint(config, replies)), make_painter(config), make_verifier(config)
+def data_parts(config: Config, folder: Path) -> tuple[Writer, Generator, Verifier]:
+    """What part 1 needs; each of its processes makes its own. What endpoints replied is kept in ``folder``."""
+    writer = make_writer(config, make_endpoint(config, folder / "replies.sqlite"))
+    return writer, make_generator(config, folder), make_verifier(config)
 
 
 def make_endpoint(config: Config, replies: Path) -> Endpoint | None:
@@ -262,10 +264,13 @@ def make_writer(config: Config, endpoint: Endpoint | None = None) -> Writer:
     return TinyWriter()
 
 
-def make_painter(config: Config) -> Generator:
-    """``data.generator``, who draws the pairs."""
-    from spatialt2i.tiny.painter import TinyPainter
-    return {"tiny-painter": TinyPainter}[config.data.generator](wrong_layout=config.data.wrong_layout)
+def make_generator(config: Config, folder: Path) -> Generator:
+    """``data.generator``, who draws the pairs; the pictures of an endpoint are kept in ``folder``."""
+    if config.data.generator == "tiny-painter":
+        from spatialt2i.tiny.painter import TinyPainter
+        return TinyPainter(wrong_layout=config.data.wrong_layout)
+    from spatialt2i.data.generators import open_generator
+    return open_generator(config.data.generator, folder=folder, device=functools.partial(_device, config))
 
 
 def make_verifier(config: Config) -> Verifier:
@@ -362,6 +367,14 @@ def _key(config: Config, name: str) -> str:
     return f"{seed_of(config.seed, json_text(lasting(name, getattr(config, name))), *made):016x}"
 
 
+def _drawn(config: Config) -> str:
+    """What the pictures of the pairs depend on, as far as a file of settings says it."""
+    if config.data.generator == "tiny-painter":
+        return ""
+    from spatialt2i.data.generators import read_generator
+    return json_text(read_generator(config.data.generator).drawn_by())
+
+
 def _made(model: str) -> str:
     """What changes when a shipped model is made again; the name of any other model."""
     return file_hash(Path(model_folder(model), "manifest.json")) if model in SHIPPED else model
@@ -383,14 +396,3 @@ def _writing(config: Config, out: Path) -> dict[str, Any]:
 def _device(config: Config) -> torch.device:
     set_threads(config.threads)
     return pick_device(config.device)
-
-
-def _open_image(path: Path) -> Any:
-    from PIL import Image
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"{path}: no such image file") from e
-    except (OSError, SyntaxError) as e:
-        raise OSError(f"{path}: not a picture that can be decoded ({e}); expected PNG, JPEG or WebP") from e

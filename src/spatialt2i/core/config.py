@@ -57,7 +57,7 @@ class DataConfig:
     """Part 1: prompts, perturbations, images, verdicts, pairs."""
 
     writer: str = setting("tiny-grammar", "who writes and perturbs prompts", choices=("tiny-grammar", "grammar", "llm"))
-    generator: str = setting("tiny-painter", "who draws both images", choices=("tiny-painter",))
+    generator: str = setting("tiny-painter", "who draws: tiny-painter, or a name or file as in presets/images")
     verifier: str = setting("tiny-oracle", "who judges each image under its own prompt", choices=("tiny-oracle",))
     pairs: int = setting(80_000, "candidate pairs to write; verification keeps most of them", ge=1)
     relations: tuple[float, ...] = setting(PER_PROMPT, "relative frequency of prompts with 1, 2, 3 ... relations", ge=0)

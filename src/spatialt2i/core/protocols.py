@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from spatialt2i.core.types import Pair, Prompt, Rollout, Scores, Verdict
 
@@ -33,12 +33,18 @@ class Writer(Protocol):
 
 
 class Generator(Protocol):
-    """Draws pictures."""
+    """Draws pictures.
+
+    Attributes:
+        name: in records and tables.
+        settings: what its pictures depend on besides prompt and seed, JSON-able.
+    """
 
     name: str
+    settings: dict[str, Any]
 
-    def generate(self, *, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
-        """One RGB picture per prompt; the same prompt and seed give the same picture, in any batch."""
+    def generate(self, *, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Image | str]:
+        """One RGB picture per prompt, or why there is none; the same prompt and seed give the same, in any batch."""
         ...
 
 
@@ -70,6 +76,10 @@ class Policy(Generator, Protocol):
     """
 
     sigmas: Tensor
+
+    def generate(self, *, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image]:
+        """One RGB picture per prompt, see `Generator`."""
+        ...
 
     def sample(self, *, prompts: Sequence[Prompt], group: int, seeds: Sequence[Sequence[int]]) -> Rollout:
         """G trajectories for each of P prompts, not decoded yet. seeds: [P][G]."""

@@ -162,6 +162,21 @@ def _from_columns(row: dict[str, Any], where: str) -> Preference:
     return Preference(pair, images[0], images[1], row["generator"], row["seed"], (chosen, rejected))
 
 
+def read_image(path: Path) -> PIL.Image.Image:
+    """A picture in RGB.
+
+    Raises:
+        OSError: there is none, or it cannot be decoded.
+    """
+    try:
+        with PIL.Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{path}: no such image file") from e
+    except (OSError, SyntaxError) as e:
+        raise OSError(f"{path}: not a picture that can be decoded ({e}); expected PNG, JPEG or WebP") from e
+
+
 def _whole_image(value: dict[str, Any] | None, where: str) -> bytes:
     data = (value or {}).get("bytes")
     if not data:

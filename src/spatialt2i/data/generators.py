@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from spatialt2i.core.config import PRESETS, EndpointConfig, preset_path, read_settings, setting
+
+if TYPE_CHECKING:
+    import torch
+
+    from spatialt2i.core.protocols import Generator
 
 IMAGES = PRESETS / "images"
 
@@ -32,6 +39,10 @@ class PipelineConfig:
     tokenizer: str = setting("", "the pipeline's tokenizer that counts max_text_tokens; empty counts nothing")
     max_text_tokens: int = setting(512, "longest prompt; a longer one is an error", ge=8)
 
+    def drawn_by(self) -> dict[str, Any]:
+        """The settings that a picture depends on."""
+        return {name: value for name, value in asdict(self).items() if name not in ("batch", "offload")}
+
 
 @dataclass(frozen=True)
 class ImageAPIConfig:
@@ -42,6 +53,11 @@ class ImageAPIConfig:
     fields: dict = field(default_factory=dict, metadata={
         "help": "further fields of a request, by the endpoint's names"})
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+
+    def drawn_by(self) -> dict[str, Any]:
+        """The settings that a picture depends on."""
+        return {"model": self.endpoint.model, "base_url": self.endpoint.base_url, "license": self.license,
+                "seeded": self.seeded, **self.fields}
 
 
 def read_generator(name: str) -> PipelineConfig | ImageAPIConfig:
@@ -57,8 +73,33 @@ def read_generator(name: str) -> PipelineConfig | ImageAPIConfig:
     return read_settings(ImageAPIConfig if _has_endpoint(path) else PipelineConfig, path)
 
 
+def open_generator(name: str, *, folder: Path, device: Callable[[], torch.device]) -> Generator:
+    """What draws with the settings of that name.
+
+    Args:
+        name: see `read_generator`. folder: keeps what endpoints drew, with what they replied.
+        device: tells where a pipeline computes.
+
+    Raises:
+        ConfigError, ValueError, EndpointError: it cannot be made; the message says why.
+    """
+    config = read_generator(name)
+    if isinstance(config, ImageAPIConfig):
+        from spatialt2i.data.endpoint import Endpoint
+        from spatialt2i.data.image_api import APIGenerator
+        from spatialt2i.data.images import ImageStore
+        return APIGenerator(name=_short(name), config=config, images=ImageStore(folder / "images", format="webp"),
+                            endpoint=Endpoint(config.endpoint, folder / "images.sqlite"))
+    from spatialt2i.data.pipelines import PipelineGenerator
+    return PipelineGenerator(name=_short(name), config=config, device=device())
+
+
 def _has_endpoint(path: Path) -> bool:
     try:
         return "endpoint" in tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):  # the strict reader says what is wrong
         return False
+
+
+def _short(name: str) -> str:
+    return Path(name).name.removesuffix(".toml")

@@ -29,8 +29,7 @@ class APIGenerator:
 
     def __init__(self, *, name: str, config: ImageAPIConfig, endpoint: Endpoint, images: ImageStore) -> None:
         self.name, self._config, self._endpoint, self._images = name, config, endpoint, images
-        self.settings = {"model": config.endpoint.model, "base_url": config.endpoint.base_url, **config.fields,
-                         "license": config.license}
+        self.settings = config.drawn_by()
 
     def generate(self, *, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image | str]:
         """One RGB picture per prompt, or why there is none: ``"refusal"``, ``"content filter"``."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import tempfile
 from pathlib import Path
 
 from PIL import Image
 
-from spatialt2i.core.run import write_atomic
+from spatialt2i.core.run import disk_errors
 from spatialt2i.core.store import CorruptData
 
 FORMATS = {"png": {"compress_level": 3},  # the fastest for flat pictures; 6 saves only 7 % more
@@ -43,7 +45,16 @@ class ImageStore:
         name = hashlib.sha256(data).hexdigest()
         path = self._path(name)
         if not path.exists() or path.read_bytes() != data:  # a damaged one is mended
-            write_atomic(path, data)
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # a name of its own, because others may be about to store the same picture
+                file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False)
+                try:
+                    with file:
+                        file.write(data)
+                    os.replace(file.name, path)
+                finally:
+                    Path(file.name).unlink(missing_ok=True)
         return name
 
     def read(self, name: str) -> bytes:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def build_dataset(*, config: DataConfig, seed: int, folder: Path, parts: Parts,
-                  exclude: frozenset[str] = frozenset()) -> dict[str, Any]:
+                  exclude: frozenset[str] = frozenset(), drawn: str = "") -> dict[str, Any]:
     """Write, perturb, draw and judge ``config.pairs`` candidate pairs, and make a dataset of those that hold.
 
     Finished shards of an earlier call are used again where they are whole and were made with the same settings.
@@ -48,6 +48,7 @@ def build_dataset(*, config: DataConfig, seed: int, folder: Path, parts: Parts,
         folder: where all files go.
         parts: makes the writer, the generator and the verifier; picklable, because each process makes its own.
         exclude: texts that must not appear, those of evaluation sets.
+        drawn: what the pictures depend on besides ``config``; shards that were made with another are made again.
 
     Returns:
         ``counts`` (candidates, what became of them, and the pairs of each split), ``statistics``, and ``sha256`` of
@@ -56,7 +57,7 @@ def build_dataset(*, config: DataConfig, seed: int, folder: Path, parts: Parts,
     Raises:
         DiskFull: no space left; finished shards stay, and the same call goes on from there.
     """
-    shards = _shards(config, seed, folder, parts)
+    shards = _shards(config, seed, folder, parts, drawn)
     manifests = _manifests(shards, config)
     splits, dropped = plan([manifests[s.number] for s in shards], config=config,
                            exclude=frozenset(map(text_key, exclude)))
@@ -70,16 +71,17 @@ def build_dataset(*, config: DataConfig, seed: int, folder: Path, parts: Parts,
               **{name: sizes[name] for name in SPLITS}}
     statistics = describe(rows_of(folder / "data", COLUMNS))
     statistics["funnel"] = {name: n for name, n in counts.items() if name not in SPLITS}
+    statistics["generators"] = list({json_text(m["generator"]): m["generator"] for m in manifests.values()}.values())
     write_json(folder / "statistics.json", statistics)
     write_card(folder, counts=counts, statistics=statistics)
     return {"counts": counts, "statistics": statistics, "sha256": sums}
 
 
-def _shards(config: DataConfig, seed: int, folder: Path, parts: Parts) -> list[Shard]:
+def _shards(config: DataConfig, seed: int, folder: Path, parts: Parts, drawn: str) -> list[Shard]:
     # neither the number of processes nor how many pairs and splits are wanted changes what is in a full shard
     fixed = dataclasses.replace(config, workers=0, pairs=1, validation=0, test=0)
     ranges = [(start, min(start + config.shard, config.pairs)) for start in range(0, config.pairs, config.shard)]
-    settings = json_text(lasting("data", fixed))
+    settings = json_text(lasting("data", fixed)) + drawn
     return [Shard(i, start, stop, config, seed, f"{seed_of(settings, seed, start, stop):016x}", folder, parts)
             for i, (start, stop) in enumerate(ranges)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +40,7 @@ class PipelineGenerator:
         self._pipeline = _load(folder, config)
         self._arguments = _arguments(self._pipeline, config)
         self._tokenizer = getattr(self._pipeline, config.tokenizer) if config.tokenizer else None
-        seen = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("batch", "offload")}
-        self.settings = {**seen, "revision": _revision(folder), "pipeline": _class(self._pipeline)}
+        self.settings = {**config.drawn_by(), "revision": _revision(folder), "pipeline": _class(self._pipeline)}
         self._pipeline.set_progress_bar_config(disable=True)
         {"none": self._pipeline.to, "model": self._pipeline.enable_model_cpu_offload,
          "sequential": self._pipeline.enable_sequential_cpu_offload}[config.offload](device)

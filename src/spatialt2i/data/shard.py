@@ -13,7 +13,7 @@ from spatialt2i.core.protocols import Generator, Verifier, Writer
 from spatialt2i.core.run import file_hash, read_json, seed_of, write_json
 from spatialt2i.core.store import write_jsonl, write_preferences
 from spatialt2i.core.types import Prompt
-from spatialt2i.data.stages import KEPT, PROMPT_DROPPED, draw_and_judge, outcome, perturb_prompts, write_prompts
+from spatialt2i.data.stages import KEPT, PROMPT_DROPPED, draw_and_judge, perturb_prompts, write_prompts
 
 Parts = Callable[[], tuple[Writer, Generator, Verifier]]
 FILES = ("prompts/{}.jsonl", "pairs/{}.jsonl", "verdicts/{}.jsonl", "shards/{}.parquet")
@@ -57,13 +57,13 @@ def make_shard(shard: Shard) -> dict[str, Any]:
     pairs = perturb_prompts(writer, prompts, config=shard.config, seed=shard.seed)
     counts.update(why for why in pairs if isinstance(why, str))
     found, verdicts, kept = [p for p in pairs if not isinstance(p, str)], [], []
-    for preference, crossed in draw_and_judge(generator, verifier, found, seed=shard.seed):
-        result = outcome(preference.verdicts, crossed)
-        counts[result] += 1
-        if result == KEPT:
-            kept.append(preference)
-        own = [v.to_json() for v in preference.verdicts]
-        verdicts.append({"id": preference.prompt.id, "outcome": result, "verdicts": own, "under_the_other": crossed})
+    for judged in draw_and_judge(generator, verifier, found, seed=shard.seed):
+        counts[judged.outcome] += 1
+        if judged.outcome == KEPT:
+            kept.append(judged.preference)
+        own = [v.to_json() for v in judged.preference.verdicts] if judged.preference else None
+        verdicts.append({"id": judged.pair.perfect.id, "outcome": judged.outcome, "verdicts": own,
+                         "under_the_other": judged.crossed})
     write_jsonl(shard.path(FILES[0]), [p.to_json() for p in prompts])
     write_jsonl(shard.path(FILES[1]), [{"id": p.perfect.id, "perturbed": p.perturbed.to_json(),
                                         "edits": [e.to_json() for e in p.edits]} for p in found])
@@ -71,6 +71,7 @@ def make_shard(shard: Shard) -> dict[str, Any]:
     write_preferences(shard.path(FILES[3]), kept)
     manifest = {
         "identity": shard.identity, "counts": dict(sorted(counts.items())),
+        "generator": {"name": generator.name, **generator.settings},
         "sha256": {pattern: file_hash(shard.path(pattern)) for pattern in FILES},
         "rows": [[scene_key(p.prompt), text_key(p.pair.perfect.text), text_key(p.pair.perturbed.text)] for p in kept],
     }

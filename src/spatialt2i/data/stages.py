@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from spatialt2i.core.config import DataConfig
 from spatialt2i.core.protocols import Generator, Verifier, Writer
 from spatialt2i.core.run import seed_of
 from spatialt2i.core.types import Pair, Preference, Prompt, Verdict
+from spatialt2i.data.images import encode
 
 KEPT = "kept"
 S, T = TypeVar("S"), TypeVar("T")
+NOT_DRAWN = "not drawn"
 UNPERTURBED, EDITS_DROPPED = "no satisfiable edit", "edits dropped"  # why a prompt is not perturbed
 PROMPT_DROPPED = "prompt dropped"  # and another one written in its place
 _ATTEMPTS = 1000  # texts in a row that are taken already, before a writer counts as exhausted
@@ -138,25 +138,44 @@ def at_a_time(threads: int, function: Callable[[S], T], items: Iterable[S]) -> l
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def draw_and_judge(generator: Generator, verifier: Verifier, pairs: Sequence[Pair], *,
-                   seed: int) -> Iterator[tuple[Preference, tuple[bool | None, bool | None]]]:
-    """Both pictures of each pair, from one seed, with their verdicts.
+class Judged(NamedTuple):
+    """What became of a pair.
 
-    Yields:
-        The preference, whose verdicts judge each picture under its own prompt, and whether each picture satisfies the
-        other prompt as well (None = not judged), in which case the pair would teach something false.
+    Attributes:
+        pair: the prompts.
+        outcome: `KEPT`, or why not.
+        preference: with both pictures, each judged under its own prompt; None where one was not drawn.
+        crossed: whether each picture satisfies the other prompt as well (None = not judged), in which case the pair
+            would teach something false.
     """
+
+    pair: Pair
+    outcome: str
+    preference: Preference | None = None
+    crossed: tuple[bool | None, bool | None] = (None, None)
+
+
+def draw_and_judge(generator: Generator, verifier: Verifier, pairs: Sequence[Pair], *, seed: int) -> Iterator[Judged]:
+    """Both pictures of each pair, from one seed, and what the verifier says of them."""
     for start in range(0, len(pairs), _BATCH):
         part = pairs[start:start + _BATCH]
-        perfect, perturbed = [p.perfect for p in part], [p.perturbed for p in part]
+        perfect, perturbed, n = [p.perfect for p in part], [p.perturbed for p in part], len(part)
         seeds = [seed_of(seed, "data-image", p.id) for p in perfect]
         images = generator.generate(prompts=[*perfect, *perturbed], seeds=seeds * 2)
-        verdicts = verifier.verify(images=images * 2, prompts=[*perfect, *perturbed, *perturbed, *perfect])
-        n = len(part)
+        missing = {i % n: why for i, why in enumerate(images) if isinstance(why, str)}
+        drawn = [i for i in range(n) if i not in missing]
+        under = ((0, perfect), (n, perturbed), (0, perturbed), (n, perfect))
+        verdicts = verifier.verify(images=[images[at + i] for at, _ in under for i in drawn],
+                                   prompts=[prompts[i] for _, prompts in under for i in drawn])
+        four = {i: verdicts[k::len(drawn)] for k, i in enumerate(drawn)}
         for i, pair in enumerate(part):
-            own: tuple[Verdict, Verdict] = (verdicts[i], verdicts[n + i])
-            crossed = (verdicts[2 * n + i].overall, verdicts[3 * n + i].overall)
-            yield Preference(pair, _png(images[i]), _png(images[n + i]), generator.name, seeds[i], own), crossed
+            if i in missing:
+                yield Judged(pair, f"{NOT_DRAWN}: {missing[i]}")
+                continue
+            own, crossed = (four[i][0], four[i][1]), (four[i][2].overall, four[i][3].overall)
+            chosen, rejected = encode(images[i], "png"), encode(images[n + i], "png")
+            preference = Preference(pair, chosen, rejected, generator.name, seeds[i], own)
+            yield Judged(pair, outcome(own, crossed), preference, crossed)
 
 
 def outcome(verdicts: tuple[Verdict, Verdict], crossed: tuple[bool | None, bool | None]) -> str:
@@ -168,9 +187,3 @@ def outcome(verdicts: tuple[Verdict, Verdict], crossed: tuple[bool | None, bool 
         wrong = {(False, True): "chosen image wrong", (True, False): "rejected image wrong"}
         return wrong.get(overall, "both images wrong")
     return "fits the other prompt" if any(crossed) else KEPT
-
-
-def _png(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "PNG", compress_level=3)  # 3 is the fastest for flat pictures, and 6 saves only 7 % more
-    return out.getvalue()

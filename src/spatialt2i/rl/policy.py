@@ -34,6 +34,7 @@ LORA_TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.ad
                 "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj",
                 "ff_context.net.2"]
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
+DRAWING = ("dtype", "resolution", "max_text_tokens", "guidance_scale", "eval_steps")  # settings that make a picture
 CACHED_PROMPTS = 512  # a FLUX.1 prompt of 256 tokens takes 2 MB
 VELOCITY_STD = 0.01  # of a step without noise, in the gate: an error of 0.00014 in v is a log ratio of 0.0001
 
@@ -50,7 +51,7 @@ class FluxPolicy:
     comes from the same generator. So a picture depends on its prompt and seed, and on its batch by rounding at most.
 
     Attributes:
-        name: the last part of the model's id or folder.
+        name: the last part of the model's id or folder. settings: what its pictures depend on.
         pipeline: the stock pipeline; its transformer carries the adapter.
         sigmas: float32 [T+1], the schedule of rollouts.
     """
@@ -58,6 +59,7 @@ class FluxPolicy:
     def __init__(self, *, pipeline: FluxPipeline, config: RLConfig, device: torch.device, seed: int) -> None:
         """Attach a fresh adapter to ``pipeline``; see `from_pretrained`."""
         self.name = Path(config.model).name
+        self.settings = {"model": config.model, **{name: getattr(config, name) for name in DRAWING}}
         self.pipeline = pipeline
         self._config = config
         self._device = device
