@@ -47,13 +47,16 @@ def data_build(config: Config, run: RunDir) -> dict[str, Any]:
     """Part 1: the dataset of verified pairs, under ``data/``."""
     from spatialt2i.data.pipeline import build_dataset
 
-    def work() -> dict[str, Any]:
-        evaluated = frozenset(p.text for prompts in bench_prompts(config).values() for p in prompts)
-        return build_dataset(config=config.data, seed=config.seed, folder=run.stage("data"),
-                             parts=functools.partial(data_parts, config, run.stage("data")), exclude=evaluated,
-                             drawn=_drawn(config))
+    drawn = _drawn(config)
+    data = dataclasses.replace(config.data, workers=config.data.workers or int(bool(drawn)))  # one holds the model
 
-    key = f"{seed_of(_key(config, 'data'), _drawn(config)):016x}"
+    def work() -> dict[str, Any]:
+        return build_dataset(
+            config=data, seed=config.seed, folder=run.stage("data"), drawn=drawn,
+            parts=functools.partial(data_parts, config, run.stage("data")),
+            exclude=frozenset(p.text for prompts in bench_prompts(config).values() for p in prompts))
+
+    key = f"{seed_of(_key(config, 'data'), drawn):016x}"
     return _stage(run, "data", key, work, outputs=("data/data", "data/statistics.json"))
 
 
@@ -152,8 +155,7 @@ def rl_sample(config: Config, run: RunDir | None, *, prompts: Sequence[str], fir
     if not base:
         _needs(run, "rl", "rl train")
     policy = make_policy(config, adapter=None if base else run.path / "rl" / "adapter")
-    named = [Prompt(f"cli-{i}", text, "", ()) for i, text in enumerate(prompts)]
-    wanted = [(prompt, first_seed + j) for prompt in named for j in range(count)]
+    wanted = [(Prompt(f"cli-{i}", text, "", ()), first_seed + j) for i, text in enumerate(prompts) for j in range(count)]
     folder = out or run.path / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     written: list[dict[str, Any]] = []
@@ -176,8 +178,7 @@ def bench_indomain(config: Config, run: RunDir) -> dict[str, Any]:
     from spatialt2i.bench.indomain import compare
     from spatialt2i.rl.policy import DRAWING
     adapter = run.path / "rl" / "adapter"
-    drawn = {name: getattr(config.rl, name) for name in DRAWING}
-    base = f"{_made(config.rl.model)} {json_text(drawn)}"
+    base = f"{_made(config.rl.model)} {json_text({name: getattr(config.rl, name) for name in DRAWING})}"
 
     def work() -> dict[str, Any]:
         return compare(
