@@ -155,7 +155,7 @@ def rl_sample(config: Config, run: RunDir | None, *, prompts: Sequence[str], fir
     if not base:
         _needs(run, "rl", "rl train")
     policy = make_policy(config, adapter=None if base else run.path / "rl" / "adapter")
-    wanted = [(Prompt(f"cli-{i}", text, "", ()), first_seed + j) for i, text in enumerate(prompts) for j in range(count)]
+    wanted = [(Prompt(f"cli-{i}", t, "", ()), first_seed + j) for i, t in enumerate(prompts) for j in range(count)]
     folder = out or run.path / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     written: list[dict[str, Any]] = []
