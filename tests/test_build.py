@@ -117,8 +117,9 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
 def test_the_embedded_presets_name_the_embedded_parts(preset: str, tmp_path: Path) -> None:
     config = load_config(preset)
     assert (config.reward.backbone, config.rl.model) == build.SHIPPED[::-1]
-    assert [type(part).__name__ for part in build.data_parts(config, tmp_path)] == [
-        "TinyWriter", "TinyPainter", "TinyOracle"]
+    parts = build.data_parts(config, tmp_path)
+    made = parts.writer(), *parts.generators(config.data.generators), parts.verifier()
+    assert [type(part).__name__ for part in made] == ["TinyWriter", "TinyPainter", "TinyOracle"]
 
 
 def test_a_damaged_file_of_the_dataset_is_made_again(tmp_path: Path) -> None:

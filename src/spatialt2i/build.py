@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from spatialt2i.core.protocols import Generator, Policy, Scorer, Verifier, Writer
-    from spatialt2i.data.endpoint import Endpoint
+    from spatialt2i.data.shard import Parts
 
 WEIGHTS = Path(__file__).parent / "tiny" / "weights"
 SHIPPED = ("tiny-flux", "tiny-qwen2.5-vl")
@@ -46,17 +46,17 @@ SHIPPED = ("tiny-flux", "tiny-qwen2.5-vl")
 def data_build(config: Config, run: RunDir) -> dict[str, Any]:
     """Part 1: the dataset of verified pairs, under ``data/``."""
     from spatialt2i.data.pipeline import build_dataset
-
-    drawn = _drawn(config)
-    data = dataclasses.replace(config.data, workers=config.data.workers or int(bool(drawn)))  # one holds the model
+    settings = {name: _settings_of(config, name) for name in (*config.data.generators, config.data.verifier)}
+    alone = config.data.engine == "local" and any(settings.values())  # one process, as it may hold a large model
+    data = dataclasses.replace(config.data, workers=config.data.workers or int(alone))
 
     def work() -> dict[str, Any]:
         return build_dataset(
-            config=data, seed=config.seed, folder=run.stage("data"), drawn=drawn,
-            parts=functools.partial(data_parts, config, run.stage("data")),
+            config=data, seed=config.seed, folder=run.stage("data"), settings_of=settings,
+            parts=data_parts(config, run.stage("data")),
             exclude=frozenset(p.text for prompts in bench_prompts(config).values() for p in prompts))
 
-    key = f"{seed_of(_key(config, 'data'), drawn):016x}"
+    key = f"{seed_of(_key(config, 'data'), *settings.values()):016x}"
     return _stage(run, "data", key, work, outputs=("data/data", "data/statistics.json"))
 
 
@@ -184,8 +184,8 @@ def bench_indomain(config: Config, run: RunDir) -> dict[str, Any]:
         return compare(
             generators={"base": lambda: make_policy(config), "tuned": lambda: make_policy(config, adapter=adapter)},
             identities={"base": base, "tuned": f"{base} {tree_hash(adapter)}"},
-            verifier=make_verifier(config), scorer=make_scorer(config, run), prompts=bench_prompts(config),
-            config=config.bench, seed=config.seed, folder=run.stage("eval"))
+            verifier=make_verifier(config, run.stage("eval")), scorer=make_scorer(config, run),
+            prompts=bench_prompts(config), config=config.bench, seed=config.seed, folder=run.stage("eval"))
 
     key = f"{seed_of(_key(config, 'bench'), base):016x}"
     return _stage(run, "bench", key, work, inputs=("reward", "rl"), outputs=("eval",))
@@ -231,33 +231,28 @@ def doctor(config: Config, run: RunDir | None) -> dict[str, Any]:
     if "torch" not in found["missing"]:
         found["device"] = str(pick_device(config.device))
     if run is not None:
-        manifests = [run.manifest(path.parent.name) for path in sorted(run.path.glob("*/manifest.json"))]
-        found["stages"] = {m["stage"]: f"finished in {m['seconds']:.0f} s, peak {m['peak_mb']:.0f} MB"
-                           for m in manifests}
+        found["stages"] = {m["stage"]: f"finished in {m['seconds']:.0f} s, peak {m['peak_mb']:.0f} MB" for m in (
+            run.manifest(path.parent.name) for path in sorted(run.path.glob("*/manifest.json")))}
     return found
 
 
 # ---- objects ---------------------------------------------------------------------------------------------------------
 
-def data_parts(config: Config, folder: Path) -> tuple[Writer, Generator, Verifier]:
+def data_parts(config: Config, folder: Path) -> Parts:
     """What part 1 needs; each of its processes makes its own. What endpoints replied is kept in ``folder``."""
-    writer = make_writer(config, make_endpoint(config, folder / "replies.sqlite"))
-    return writer, make_generator(config, folder), make_verifier(config)
+    from spatialt2i.data.shard import Parts
+    return Parts(
+        writer=functools.partial(make_writer, config, folder / "replies.sqlite"),
+        generators={n: functools.partial(make_generator, config, n, folder) for n in config.data.generators},
+        verifier=functools.partial(make_verifier, config, folder))
 
 
-def make_endpoint(config: Config, replies: Path) -> Endpoint | None:
-    """``data.llm``, where ``data.writer`` asks for it; it keeps its replies in that file."""
-    if config.data.writer != "llm":
-        return None
-    from spatialt2i.data.endpoint import Endpoint
-    return Endpoint(config.data.llm, replies)
-
-
-def make_writer(config: Config, endpoint: Endpoint | None = None) -> Writer:
-    """``data.writer``; the scene grammar stands in for a model whose endpoint is not given."""
-    if endpoint is not None:
+def make_writer(config: Config, replies: Path | None = None) -> Writer:
+    """``data.writer``; the scene grammar stands in for a language model where its replies have no place to go."""
+    if config.data.writer == "llm" and replies:
+        from spatialt2i.data.endpoint import Endpoint
         from spatialt2i.data.llm import LLMWriter
-        return LLMWriter(endpoint, threads=config.data.llm.concurrency)
+        return LLMWriter(Endpoint(config.data.llm, replies), threads=config.data.llm.concurrency)
     if config.data.writer in ("grammar", "llm"):
         from spatialt2i.data.prompts import SceneWriter
         return SceneWriter()
@@ -265,19 +260,23 @@ def make_writer(config: Config, endpoint: Endpoint | None = None) -> Writer:
     return TinyWriter()
 
 
-def make_generator(config: Config, folder: Path) -> Generator:
-    """``data.generator``, who draws the pairs; the pictures of an endpoint are kept in ``folder``."""
-    if config.data.generator == "tiny-painter":
+def make_generator(config: Config, name: str, folder: Path) -> Generator:
+    """One of ``data.generators``, who draw the pairs; the pictures of an endpoint are kept in ``folder``."""
+    if name == "tiny-painter":
         from spatialt2i.tiny.painter import TinyPainter
         return TinyPainter(wrong_layout=config.data.wrong_layout)
     from spatialt2i.data.generators import open_generator
-    return open_generator(config.data.generator, folder=folder, device=functools.partial(_device, config))
+    return open_generator(name, folder=folder, format=config.data.image_format,
+                          device=functools.partial(_device, config))
 
 
-def make_verifier(config: Config) -> Verifier:
-    """``data.verifier``, who judges pairs, and pictures of the benchmark."""
-    from spatialt2i.tiny.oracle import TinyOracle
-    return {"tiny-oracle": TinyOracle}[config.data.verifier]()
+def make_verifier(config: Config, folder: Path) -> Verifier:
+    """``data.verifier``, who judges pairs, and pictures of the benchmark; what it replied is kept in ``folder``."""
+    if config.data.verifier == "tiny-oracle":
+        from spatialt2i.tiny.oracle import TinyOracle
+        return TinyOracle()
+    from spatialt2i.data.verifiers import open_verifier
+    return open_verifier(config.data.verifier, folder=folder)
 
 
 def make_scorer(config: Config, run: RunDir | None, model: str | None = None, backbone: str | None = None) -> Scorer:
@@ -368,12 +367,14 @@ def _key(config: Config, name: str) -> str:
     return f"{seed_of(config.seed, json_text(lasting(name, getattr(config, name))), *made):016x}"
 
 
-def _drawn(config: Config) -> str:
-    """What the pictures of the pairs depend on, as far as a file of settings says it."""
-    if config.data.generator == "tiny-painter":
+def _settings_of(config: Config, name: str) -> str:
+    """What pictures or verdicts depend on, where a file of settings says it."""
+    if name in ("tiny-painter", "tiny-oracle"):
         return ""
-    from spatialt2i.data.generators import read_generator
-    return json_text(read_generator(config.data.generator).drawn_by())
+    from spatialt2i.data import generators, verifiers
+    if name == config.data.verifier:
+        return json_text(verifiers.read_verifier(name).judged_by())
+    return json_text(generators.read_generator(name).drawn_by())
 
 
 def _made(model: str) -> str:
@@ -389,9 +390,8 @@ def _needs(run: RunDir, stage: str, command: str) -> None:
 
 def _writing(config: Config, out: Path) -> dict[str, Any]:
     """What the writers of files are told; a model's replies are kept beside the file."""
-    endpoint = make_endpoint(config, out.with_suffix(".replies.sqlite"))
-    return {"writer": make_writer(config, endpoint), "config": config.data, "seed": config.seed, "path": out,
-            "bill": endpoint and endpoint.bill}
+    writer = make_writer(config, out.with_suffix(".replies.sqlite"))
+    return {"writer": writer, "config": config.data, "seed": config.seed, "path": out}
 
 
 def _device(config: Config) -> torch.device:

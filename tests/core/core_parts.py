@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from spatialt2i.core.types import Edit, Pair, Preference, Prompt, Relation, Verdict
+from spatialt2i.core.types import Drawn, Edit, Pair, Preference, Prompt, Relation, Verdict
 
 LEFT = Relation("left of", "red circle", ("blue square",))
 RIGHT = Relation("right of", "red circle", ("blue square",))
@@ -30,5 +30,5 @@ def preference(i: int = 0, kind: str = "PNG") -> Preference:
     pair = Pair(perfect, perturbed, (Edit("flip", 0, LEFT, RIGHT),))
     verdict = Verdict(True, (True, None), (True, True, None), True, "judge 1", {"boxes": {"red circle": [1.5, 2, 3, 4]}})
     other = Verdict(None, (None, True), (True, True, True), None, "judge 1", {"reason": "ünclear"})
-    return Preference(pair, picture(2 * i, kind=kind), picture(2 * i + 1, kind=kind), "painter", 2**62 + i,
-                      (verdict, other))
+    return Preference(pair, picture(2 * i, kind=kind), picture(2 * i + 1, kind=kind), 
+                      (Drawn("painter", 2**62 + i, {"steps": 4}), Drawn("other", i)), (verdict, other))

@@ -72,7 +72,7 @@ def test_load_dataset_reads_the_folder_and_sees_images(shard: Path, monkeypatch,
     assert set(loaded) == {"train"} and loaded["train"].column_names == list(COLUMNS)
     row = loaded["train"][3]
     assert row["chosen"].size == (16, 16) and row["chosen"].mode == "RGB"
-    assert (row["prompt"], row["n_perturbations"], row["seed"]) == (preference(3).prompt.text, 1, preference(3).seed)
+    assert (row["prompt"], row["n_perturbations"], row["generator"]) == (preference(3).prompt.text, 1, "painter")
 
 
 def test_two_scenes_in_a_pair_are_refused(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_mirror_flips_pictures_and_words(kind: str) -> None:
     assert mirrored.pair.edits[0] == Edit("flip", 0, RIGHT, LEFT)
     assert mirrored.prompt.text == ("On a lawn, a red circle is to the right of a blue square. A green cross is in the "
                                     "top right corner, right in the middle of nothing.")
-    assert (mirrored.prompt.id, mirrored.seed, mirrored.generator) == (row.prompt.id, row.seed, row.generator)
+    assert (mirrored.prompt.id, mirrored.drawn) == (row.prompt.id, row.drawn)
 
 
 def without_evidence(row: Preference) -> Preference:

@@ -7,19 +7,19 @@ import sys
 from pathlib import Path
 
 from spatialt2i.core.config import DataConfig
-from spatialt2i.core.protocols import Generator, Verifier, Writer
 from spatialt2i.data.pipeline import build_dataset
+from spatialt2i.data.shard import Parts
+from spatialt2i.tiny.grammar import TinyWriter
+from spatialt2i.tiny.oracle import TinyOracle
+from spatialt2i.tiny.painter import TinyPainter
 
 SEED = 11
 CONFIG = DataConfig(pairs=90, relations=(0, 1, 1), shard=15, workers=1, validation=0.15, test=0.15)
 
 
-def parts() -> tuple[Writer, Generator, Verifier]:
+def parts() -> Parts:
     """The tabletop world's."""
-    from spatialt2i.tiny.grammar import TinyWriter
-    from spatialt2i.tiny.oracle import TinyOracle
-    from spatialt2i.tiny.painter import TinyPainter
-    return TinyWriter(), TinyPainter(), TinyOracle()
+    return Parts(writer=TinyWriter, generators={"tiny-painter": TinyPainter}, verifier=TinyOracle)
 
 
 def parquet_sums(folder: Path) -> dict[str, str]:
@@ -30,4 +30,4 @@ def parquet_sums(folder: Path) -> dict[str, str]:
 if __name__ == "__main__":
     import dataclasses
     config = dataclasses.replace(CONFIG, workers=int(sys.argv[2]))
-    build_dataset(config=config, seed=SEED, folder=Path(sys.argv[1]), parts=parts)
+    build_dataset(config=config, seed=SEED, folder=Path(sys.argv[1]), parts=parts())

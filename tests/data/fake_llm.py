@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ class Answer:
         fault: "", "hang" (says nothing for long), "cut" (closes in the middle), "garbage" (no JSON), "drip" (a byte a
             while).
         tokens: read and written, as the server counts them.
-        image: the file of a picture, for a request of one.
+        image: the file of a picture, for a request of one. tops: probabilities of first tokens, where asked for.
     """
 
     text: str = "fine"
@@ -35,6 +36,7 @@ class Answer:
     fault: str = ""
     tokens: tuple[int, int] = (100, 50)
     image: bytes = b""
+    tops: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -75,7 +77,8 @@ def fake_llm(behave: Callable[[dict[str, Any], int], Answer] = lambda request, t
                            "refusal": answer.refusal}
                 body: Any = {
                     "id": "x", "object": "chat.completion", "created": 0, "model": "fake",
-                    "choices": [{"index": 0, "message": message, "finish_reason": answer.finish}],
+                    "choices": [{"index": 0, "message": message, "finish_reason": answer.finish,
+                                 "logprobs": self.logprobs(answer)}],
                     "usage": {"prompt_tokens": answer.tokens[0], "completion_tokens": answer.tokens[1],
                               "total_tokens": sum(answer.tokens)}}
                 if self.path.endswith("/images/generations"):
@@ -104,6 +107,12 @@ def fake_llm(behave: Callable[[dict[str, Any], int], Answer] = lambda request, t
                         break
             else:
                 self.wfile.write(data)
+
+        def logprobs(self, answer: Answer) -> dict[str, Any] | None:
+            if not answer.tops:
+                return None
+            tops = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in answer.tops.items()]
+            return {"content": [{**tops[0], "top_logprobs": tops}], "refusal": None}
 
         def log_message(self, *args: Any) -> None:
             pass

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from data_parts import CONFIG, SEED, parquet_sums, parts
+from data_parts import CONFIG, SEED, Parts, TinyOracle, TinyPainter, TinyWriter, parquet_sums, parts
 from PIL import Image
 
 from spatialt2i.core.config import DataConfig
 from spatialt2i.core.run import DiskFull
 from spatialt2i.core.store import read_jsonl, read_preferences
 from spatialt2i.core.types import Preference, Prompt, Relation, Verdict
-from spatialt2i.data import pipeline
+from spatialt2i.data import engines
 from spatialt2i.data.dataset import SPLITS, plan
 from spatialt2i.data.pipeline import build_dataset
 from spatialt2i.data.stages import outcome, perturb_prompts, write_prompts
@@ -35,7 +35,7 @@ SRC = Path(__file__).resolve().parents[2] / "src"
 
 
 def build(folder: Path, config: DataConfig = CONFIG, **options: Any) -> dict[str, Any]:
-    return build_dataset(config=config, seed=SEED, folder=folder, parts=options.pop("parts", parts), **options)
+    return build_dataset(config=config, seed=SEED, folder=folder, parts=options.pop("parts", parts()), **options)
 
 
 def rows(folder: Path, split: str) -> list[Preference]:
@@ -65,7 +65,7 @@ def test_the_counts_add_up(built, pairs: dict[str, list[Preference]]) -> None:
 
 
 def test_kept_pairs_satisfy_their_own_prompts_and_not_each_others(pairs: dict[str, list[Preference]]) -> None:
-    oracle = parts()[2]
+    oracle = parts().verifier()
     for pair in (p for found in pairs.values() for p in found):
         images = [Image.open(io.BytesIO(data)) for data in (pair.chosen, pair.rejected)]
         prompts = [pair.pair.perfect, pair.pair.perturbed]
@@ -74,7 +74,7 @@ def test_kept_pairs_satisfy_their_own_prompts_and_not_each_others(pairs: dict[st
         edited = {e.index for e in pair.pair.edits}
         for verdict in crossed:
             assert {i for i, holds in enumerate(verdict.relations) if not holds} == edited
-        assert [v.overall for v in pair.verdicts] == [True, True] and pair.generator == "tiny-painter"
+        assert [v.overall for v in pair.verdicts] == [True, True] and [d.generator for d in pair.drawn] == ["tiny-painter"] * 2
 
 
 def test_no_two_splits_share_a_text_a_scene_or_relations(pairs: dict[str, list[Preference]]) -> None:
@@ -94,7 +94,7 @@ def test_pairs_of_one_scene_stay_together_and_of_equal_texts_the_first_stays() -
     rows_of_shards = [[(scenes[rng.integers(3)], int(text), int(text) + 1000) for text in rng.integers(40, size=50)]
                       for _ in range(4)]
     config = DataConfig(validation=0.1, test=0.1)
-    splits, dropped = plan([{"rows": rows} for rows in rows_of_shards], config=config, exclude=frozenset({3, 1005}))
+    splits, dropped = plan(rows_of_shards, config=config, exclude=frozenset({3, 1005}))
     assert [len(part) for part in splits] == [50] * 4
     placed = [(row, split) for rows, part in zip(rows_of_shards, splits, strict=True)
               for row, split in zip(rows, part, strict=True)]
@@ -122,7 +122,7 @@ def test_every_step_leaves_its_records(built, pairs: dict[str, list[Preference]]
     written, perturbed, judged = ([row for path in sorted((folder / name).glob("*.jsonl")) for row in read_jsonl(path)]
                                   for name in ("prompts", "pairs", "verdicts"))
     assert len(written) == CONFIG.pairs and len(perturbed) == len(judged) == built[1]["counts"]["perturbed"]
-    kept = {row["id"] for row in judged if row["outcome"] == "kept"}
+    kept = {row["id"] for row in judged if [v["overall"] for v in row["verdicts"]] == [True, True]}
     assert {p.prompt.id for found in pairs.values() for p in found} <= kept
     by_id = {row["id"]: row for row in written}
     assert all(by_id[p.prompt.id] == p.prompt.to_json() for p in pairs["train"])
@@ -188,18 +188,18 @@ def test_equal_bytes_whatever_was_killed_and_resumed(built, tmp_path: Path) -> N
 
 
 def test_a_finished_dataset_is_not_computed_again(built, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "make_shard", None)
+    monkeypatch.setattr(engines, "make_shard", None)
     assert build(built[0]) == built[1]
 
 
-@pytest.mark.parametrize("name", ["shards/00002.parquet", "verdicts/00001.jsonl", "shards/00003.json"])
+@pytest.mark.parametrize("name", ["drawn/00002.jsonl", "verdicts/00001.jsonl", "shards/00003.json"])
 def test_a_damaged_shard_is_noticed_and_made_again(name: str, built, caplog, monkeypatch) -> None:
     folder, before = built[0], parquet_sums(built[0])
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 0xFF
     (folder / name).write_bytes(data)
-    made, original = [], pipeline.make_shard
-    monkeypatch.setattr(pipeline, "make_shard", lambda shard: made.append(shard.number) or original(shard))
+    made, original = [], engines.make_shard
+    monkeypatch.setattr(engines, "make_shard", lambda shard, parts: made.append(shard.number) or original(shard, parts))
     build(folder)
     assert made == [int(name[-9:].split(".")[0].split("/")[-1])] and "damaged" in caplog.text
     assert parquet_sums(folder) == before
@@ -223,8 +223,8 @@ def test_other_settings_make_other_pairs_and_leave_no_old_file(built, tmp_path: 
 
 def test_more_pairs_use_the_shards_that_are_there(tmp_path: Path, monkeypatch) -> None:
     build(tmp_path, dataclasses.replace(CONFIG, pairs=30))
-    made, original = [], pipeline.make_shard
-    monkeypatch.setattr(pipeline, "make_shard", lambda shard: made.append(shard.number) or original(shard))
+    made, original = [], engines.make_shard
+    monkeypatch.setattr(engines, "make_shard", lambda shard, parts: made.append(shard.number) or original(shard, parts))
     build(tmp_path, dataclasses.replace(CONFIG, pairs=45))
     assert made == [2]
 
@@ -260,9 +260,7 @@ class SilentJudge:
 
 
 def test_what_is_not_judged_is_not_kept(tmp_path: Path) -> None:
-    def silent() -> tuple:
-        return *parts()[:2], SilentJudge()
-
+    silent = Parts(writer=TinyWriter, generators={"tiny-painter": TinyPainter}, verifier=SilentJudge)
     counts = build(tmp_path, dataclasses.replace(CONFIG, pairs=8), parts=silent)["counts"]
     assert counts["kept"] == 0 and counts["not judged"] == counts["perturbed"]
 
@@ -274,8 +272,7 @@ def test_what_is_not_judged_is_not_kept(tmp_path: Path) -> None:
     ((None, True), (False, False), "not judged"), ((True, True), (False, None), "not judged"),
 ])
 def test_outcomes(overall: tuple, crossed: tuple, expected: str) -> None:
-    verdicts = tuple(Verdict(o, (), (), None, "j") for o in overall)
-    assert outcome(verdicts, crossed) == expected
+    assert outcome(overall, crossed) == expected
 
 
 def test_the_shares_of_relations_and_edits_follow_the_config() -> None:
@@ -296,3 +293,121 @@ def test_the_shares_of_relations_and_edits_follow_the_config() -> None:
                         strict=True))
     assert 0.35 < (edits[4, 1] / sizes[4]) < 0.45 and edits[4, 2] > 100 and edits[4, 3] > 100
     assert edits[2, 3] == 0 and edits[2, 2] > 0.5 * sizes[2]
+
+
+# ---- pictures and verdicts, each made once
+
+class Counting:
+    """The painter and the oracle, and how often they were asked."""
+
+    def __init__(self) -> None:
+        self.drawn, self.judged = [], []
+
+    def parts(self, **others: Any) -> Parts:
+        outer = self
+
+        class Painter(TinyPainter):
+            def generate(self, *, prompts: Any, seeds: Any) -> Any:
+                outer.drawn += [p.id for p in prompts]
+                return super().generate(prompts=prompts, seeds=seeds)
+
+        class Oracle(TinyOracle):
+            def verify(self, *, images: Any, prompts: Any) -> Any:
+                outer.judged += [p.id for p in prompts]
+                return super().verify(images=images, prompts=prompts)
+
+        return Parts(**{"writer": TinyWriter, "generators": {"tiny-painter": Painter}, "verifier": Oracle} | others)
+
+
+SMALL = dataclasses.replace(CONFIG, pairs=45)
+
+
+def test_another_keep_rule_draws_and_judges_nothing(tmp_path: Path) -> None:
+    counting = Counting()
+    strict = build(tmp_path, SMALL, parts=counting.parts())
+    before = len(counting.drawn), len(counting.judged)
+    loose = build(tmp_path, dataclasses.replace(SMALL, keep=("chosen right",)), parts=counting.parts())
+    assert (len(counting.drawn), len(counting.judged)) == before
+    assert loose["counts"]["kept"] > strict["counts"]["kept"] and "rejected image wrong" not in loose["counts"]
+    assert build(tmp_path, SMALL, parts=counting.parts()) == strict
+
+
+def test_another_verifier_draws_nothing(tmp_path: Path) -> None:
+    counting = Counting()
+    build(tmp_path, SMALL, parts=counting.parts())
+    drawn = len(counting.drawn)
+    for path in tmp_path.glob("verdicts/*.jsonl"):
+        path.write_text("")
+    build(tmp_path, SMALL, parts=counting.parts(verifier=SilentJudge))
+    assert len(counting.drawn) == drawn
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:-7]), lambda path: path.unlink()])
+def test_a_damaged_or_missing_picture_is_named_and_alone_is_drawn_again(
+        spoil: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    counting = Counting()
+    found = build(tmp_path, SMALL, parts=counting.parts())
+    kept = {p.prompt.id for p in rows(tmp_path, "train")}
+    row = next(row for row in read_jsonl(tmp_path / "drawn" / "00001.jsonl") if row["id"] in kept)
+    name = row["pictures"][0]["image"]
+    spoil(next(tmp_path.glob(f"images/*/{name}.*")))
+    counting.drawn.clear()
+    sorted(tmp_path.glob("data/*.parquet"))[0].unlink()
+    assert build(tmp_path, SMALL, parts=counting.parts()) == found
+    assert counting.drawn == [row["id"], next(p for p in counting.drawn if p != row["id"])]
+    assert name in caplog.text and "it is made again" in caplog.text
+
+
+def test_a_process_killed_in_a_shard_goes_on_after_its_last_pictures(tmp_path: Path) -> None:
+    one = dataclasses.replace(CONFIG, pairs=90, shard=90)
+    counting = Counting()
+    found = build(tmp_path / "whole", one, parts=counting.parts())
+    every, judged = len(counting.drawn), len(counting.judged)
+
+    class Dying(TinyPainter):
+        calls = 0
+
+        def generate(self, *, prompts: Any, seeds: Any) -> Any:
+            Dying.calls += 1
+            if Dying.calls == 3:
+                raise KeyboardInterrupt
+            return super().generate(prompts=prompts, seeds=seeds)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "killed", one, parts=counting.parts(generators={"tiny-painter": Dying}))
+    file = tmp_path / "killed" / "drawn" / "00000.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"id": "cut o')
+    counting.drawn.clear()
+    counting.judged.clear()
+    assert build(tmp_path / "killed", one, parts=counting.parts()) == found
+    assert len(counting.drawn) == every - 2 * 64 and len(counting.judged) == judged
+
+
+def test_generators_share_the_pairs_by_weight_and_pairs_are_of_one(tmp_path: Path) -> None:
+    class Other(TinyPainter):
+        name = "other"
+
+    two = Parts(writer=TinyWriter, generators={"tiny-painter": TinyPainter, "other": Other}, verifier=TinyOracle)
+    config = dataclasses.replace(CONFIG, shard=5, generators=("tiny-painter", "other"), generator_shares=(2.0, 1.0))
+    build(tmp_path, config, parts=two)
+    found = [p for name in SPLITS for p in rows(tmp_path, name)]
+    assert all(len({d.generator for d in p.drawn}) == 1 == len({d.seed for d in p.drawn}) for p in found)
+    drawn = [row for path in tmp_path.glob("drawn/*.jsonl") for row in read_jsonl(path)]
+    by = Counter(row["pictures"][0]["by"]["generator"] for row in drawn)
+    assert abs(by["other"] / by.total() - 1 / 3) < 0.06
+    apart = dataclasses.replace(config, same_generator=False, same_seed=False)
+    build(tmp_path, apart, parts=two)
+    mixed = [p for name in SPLITS for p in rows(tmp_path, name)]
+    assert mixed and all({d.generator for d in p.drawn} == {"tiny-painter", "other"} for p in mixed)
+    assert all(len({d.seed for d in p.drawn}) == 2 for p in mixed)
+
+
+def test_ray_makes_the_same_dataset(built, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {
+        "PYTHONPATH": f"{SRC}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}})
+    try:
+        found = build(tmp_path, dataclasses.replace(CONFIG, engine="ray"))
+    finally:
+        ray.shutdown()
+    assert found == built[1] and parquet_sums(tmp_path) == parquet_sums(built[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from spatialt2i.tiny.painter import TinyPainter
 
 def config(generator: Path | str, pairs: int) -> Config:
     return load_config("tiny", [
-        f'data.generator="{generator}"', f"data.pairs={pairs}", "data.shard=4", "data.workers=1", "threads=1",
+        f'data.generators=["{generator}"]', f"data.pairs={pairs}", "data.shard=4", "data.workers=1", "threads=1",
         "data.relations=[1, 1]", "bench.in_domain_prompts=2", "bench.hard_prompts=2"])
 
 
@@ -30,7 +31,7 @@ def built(settings: Config, folder: Path) -> dict[str, Any]:
 
 
 def kept(folder: Path) -> list[Any]:
-    return list(read_preferences(sorted((folder / "data" / "shards").glob("*.parquet"))))
+    return list(read_preferences(sorted((folder / "data" / "data").glob("*.parquet"))))
 
 
 def test_a_pipeline_draws_a_dataset(tmp_path: Path) -> None:
@@ -38,15 +39,16 @@ def test_a_pipeline_draws_a_dataset(tmp_path: Path) -> None:
     settings.write_text(f'model = "{build.WEIGHTS / "tiny-flux"}"\ndtype = "float32"\nwidth = 64\nheight = 64\n'
                         'steps = 8\ntokenizer = "tokenizer_2"\nmax_text_tokens = 40\n')
     found = built(config(settings, 12), tmp_path / "run")
-    drawn_by = found["statistics"]["generators"]
-    assert [g["name"] for g in drawn_by] == ["small.flux"] and drawn_by[0]["pipeline"] == "FluxPipeline"
-    assert drawn_by[0]["revision"] and drawn_by[0]["steps"] == 8
     rows = kept(tmp_path / "run")
-    assert {row.generator for row in rows} == {"small.flux"} and found["counts"]["kept"] == len(rows) > 0
+    assert found["counts"]["kept"] == len(rows) > 0
+    for by in (by for row in rows for by in row.drawn):
+        assert by.generator == "small.flux" and by.settings["pipeline"] == "FluxPipeline"
+        assert by.settings["revision"] and by.settings["steps"] == 8
     # other settings are another dataset, and the log says so
     settings.write_text(settings.read_text().replace("steps = 8", "steps = 1"))
     again = built(config(settings, 12), tmp_path / "run")
-    assert again["sha256"] != found["sha256"] and again["statistics"]["generators"][0]["steps"] == 1
+    drawn = [row for path in (tmp_path / "run" / "data" / "drawn").glob("*") for row in read_jsonl(path)]
+    assert again["sha256"] != found["sha256"] and {p["by"]["settings"]["steps"] for r in drawn for p in r["pictures"]} == {1}
 
 
 @pytest.fixture
@@ -81,9 +83,7 @@ def test_an_endpoint_draws_a_dataset_and_what_it_refuses_is_counted(server: Fake
     paid = len(server.requests)
     refused = found["counts"]["not drawn: content filter"]
     verdicts = [row for path in (tmp_path / "run" / "data" / "verdicts").glob("*") for row in read_jsonl(path)]
-    assert refused == sum(row["outcome"] == "not drawn: content filter" for row in verdicts) > 0
-    assert all(row["verdicts"] is None and row["under_the_other"] == [None, None]
-               for row in verdicts if row["outcome"].startswith("not drawn"))
+    assert 0 < refused == found["counts"]["perturbed"] - len(verdicts)
     blue = [row for row in kept(tmp_path / "run") if "blue" in row.prompt.text]
     assert found["counts"]["kept"] > 0 and not blue
     assert found["counts"]["kept"] + refused <= 16
@@ -95,6 +95,24 @@ def test_an_endpoint_draws_a_dataset_and_what_it_refuses_is_counted(server: Fake
     assert len(server.requests) == paid
     assert json.loads((tmp_path / "run" / "data" / "statistics.json").read_text())["funnel"][
         "not drawn: content filter"] == refused
+
+
+def test_a_model_judges_a_dataset_and_another_one_draws_nothing_anew(tmp_path: Path) -> None:
+    answer = {"word": "yes"}
+    with fake_llm(lambda request, times: Answer(answer["word"])) as server:
+        def judged_by(model: str) -> dict[str, Any]:
+            judge = tmp_path / f"{model}.toml"
+            judge.write_text(f'[endpoint]\nbase_url = "{server.url}"\nkey_env = ""\nmodel = "{model}"\n')
+            settings = config("tiny-painter", 8)
+            keep = replace(settings.data, verifier=str(judge), keep=("chosen right", "rejected right"))
+            return built(replace(settings, data=keep), tmp_path / model)["counts"]
+
+        assert judged_by("agreeable")["kept"] == judged_by("agreeable")["perturbed"] > 0
+        answer["word"] = "no"
+        assert judged_by("agreeable")["kept"] > 0, "its replies are kept"
+        assert judged_by("strict")["both images wrong"] == judged_by("agreeable")["perturbed"]
+        verdicts = [row for path in (tmp_path / "strict" / "data" / "verdicts").glob("*") for row in read_jsonl(path)]
+        assert {v["judge"] for row in verdicts for v in row["verdicts"]} == {"strict (sure 0.5)"}
 
 
 def test_a_generator_that_does_not_exist_is_told_before_anything_is_written(tmp_path: Path) -> None:

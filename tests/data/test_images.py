@@ -42,6 +42,6 @@ def test_a_damaged_or_missing_picture_is_named_and_mended_by_drawing_it_again(sp
     path = tmp_path / name[:2] / f"{name}.webp"
     before = path.read_bytes()
     spoil(path)
-    with pytest.raises(CorruptData, match=f"{name}.webp: .*data generate"):
+    with pytest.raises(CorruptData, match=f"{name}.webp: .*data build"):
         store.read(name)
     assert store.keep(picture()) == name and store.read(name) == before

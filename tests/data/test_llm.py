@@ -176,10 +176,9 @@ def some_of_each(request: dict[str, Any], times: int) -> Answer:
 def build(server: FakeLLM, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     prompts, pairs = folder / "prompts.jsonl", folder / "pairs.jsonl"
     one, other = connect(server, folder), connect(server, folder)
-    written = write_prompt_file(LLMWriter(one, threads=8), config=CONFIG, seed=0, path=prompts, bill=one.bill)
+    written = write_prompt_file(LLMWriter(one, threads=8), config=CONFIG, seed=0, path=prompts)
     KNOWN[:] = [Prompt.from_json(row) for row in read_jsonl(prompts)]
-    return written, write_pair_file(LLMWriter(other, threads=8), prompts, config=CONFIG, seed=0, path=pairs,
-                                    bill=other.bill)
+    return written, write_pair_file(LLMWriter(other, threads=8), prompts, config=CONFIG, seed=0, path=pairs)
 
 
 def test_with_faults_in_every_fifth_answer_it_ends_complete_and_counts_them(server: FakeLLM, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from spatialt2i.core.config import load_config
 from spatialt2i.core.run import RunDir, write_atomic, write_json
 from spatialt2i.core.store import write_jsonl, write_preferences
-from spatialt2i.core.types import Edit, Pair, Preference, Prompt, Relation, Verdict
+from spatialt2i.core.types import Drawn, Edit, Pair, Preference, Prompt, Relation, Verdict
 
 LEFT = Relation("left of", "red circle", ("blue square",))
 RIGHT = Relation("right of", "red circle", ("blue square",))
@@ -53,7 +53,7 @@ def _data(run: RunDir) -> dict[str, Any]:
     for i in range(3):
         perturbed = Prompt(f"p{i}*", prompt(i).text.replace("left of", "right of"), "table", (RIGHT, CENTRE))
         pair = Pair(prompt(i), perturbed, (Edit("flip", 0, LEFT, RIGHT),))
-        pairs.append(Preference(pair, png(i), png(i + 50), "painter", i, (verdict, verdict)))
+        pairs.append(Preference(pair, png(i), png(i + 50), (Drawn("painter", i),) * 2, (verdict, verdict)))
     run.stage("data")
     write_preferences(run.path / "data" / "data" / "test-00000-of-00001.parquet", pairs)
     write_json(run.path / "data" / "statistics.json", {

@@ -8,7 +8,7 @@ import io
 import pytest
 from spatialt2i.core.config import RewardConfig
 from spatialt2i.core.run import seed_of
-from spatialt2i.core.types import Preference, Verdict
+from spatialt2i.core.types import Drawn, Preference, Verdict
 from spatialt2i.reward.model import SpatialScoreModel
 from spatialt2i.tiny.grammar import TinyWriter
 from spatialt2i.tiny.painter import TinyPainter
@@ -44,7 +44,7 @@ def make_pairs(n: int) -> list[Preference]:
         pair = writer.perturb(prompt=prompt, n_edits=1 + i % 3 if i % 4 else 1, seed=i)
         pair = pair or writer.perturb(prompt=prompt, n_edits=1, seed=i + 1000)
         chosen, rejected = painter.generate(prompts=[pair.perfect, pair.perturbed], seeds=[i, i])
-        found.append(Preference(pair, png(chosen), png(rejected), "tiny-painter", i, (verdict, verdict)))
+        found.append(Preference(pair, png(chosen), png(rejected), (Drawn("tiny-painter", i),) * 2, (verdict, verdict)))
     return found
 
 

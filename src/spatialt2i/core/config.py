@@ -21,15 +21,15 @@ import tomli_w
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 MOST_RELATIONS = 12  # of one prompt: what the writers can write
+DTYPES, KERNELS = ("float32", "bfloat16"), ("sde", "cps", "dance", "ode")
+# what a pair may have to be: each picture right under its own prompt, and wrong under the other
+RULES = ("chosen right", "rejected right", "chosen differs", "rejected differs")
 PER_PROMPT = (0, 0, 503, 3348, 10572, 15572, 19054, 13829, 11056, 3430, 1428, 357)  # figure "relations per prompt"
 
 
 def setting(default: Any, help: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None,
             choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with a meaning and a range, both shown by ``--help``; the loader enforces the range.
-
-    The range of a tuple holds for each of its numbers.
-    """
+    """A dataclass field with a meaning and a range (of each item of a tuple), which the loader enforces."""
     meta = {"help": help, "ge": ge, "gt": gt, "le": le, "choices": choices}
     return field(default=default, metadata={k: v for k, v in meta.items() if v is not None})
 
@@ -57,15 +57,21 @@ class DataConfig:
     """Part 1: prompts, perturbations, images, verdicts, pairs."""
 
     writer: str = setting("tiny-grammar", "who writes and perturbs prompts", choices=("tiny-grammar", "grammar", "llm"))
-    generator: str = setting("tiny-painter", "who draws: tiny-painter, or a name or file as in presets/images")
-    verifier: str = setting("tiny-oracle", "who judges each image under its own prompt", choices=("tiny-oracle",))
+    generators: tuple[str, ...] = setting(("tiny-painter",), "tiny-painter, or names or files as in presets/images")
+    generator_shares: tuple[float, ...] = setting((1.0,), "how much of the pairs each of them draws, relatively", ge=0)
+    same_generator: bool = setting(True, "one generator draws both images of a pair; else the next one the rejected")
+    same_seed: bool = setting(True, "both images of a pair start from the same seed")
+    image_format: str = setting("webp", "png and webp lose nothing", choices=("png", "webp", "jpeg"))
+    verifier: str = setting("tiny-oracle", "who judges: tiny-oracle, or a name or file as in presets/judges")
     pairs: int = setting(80_000, "candidate pairs to write; verification keeps most of them", ge=1)
     relations: tuple[float, ...] = setting(PER_PROMPT, "relative frequency of prompts with 1, 2, 3 ... relations", ge=0)
+    keep: tuple[str, ...] = setting(RULES, "what a pair must be, by the verifier, to be kept", choices=RULES)
     one_perturbation: float = setting(0.49, "share of pairs with one edit; the others have two or three", ge=0, le=1)
     wrong_layout: float = setting(0.1, "share of images painted with a wrong layout (tiny painter only)", ge=0, le=1)
     validation: float = setting(0.02, "share of pairs in the validation split", ge=0, le=0.5)  # [ours]
     test: float = setting(0.02, "share of pairs in the test split", ge=0, le=0.5)  # [ours]
     shard: int = setting(1000, "pairs per unit of work; what a killed process may lose", ge=1)
+    engine: str = setting("local", "processes here, or Ray on a cluster", choices=("local", "ray"))
     workers: int = setting(0, "processes; 0 means one per core, or one where tiny-painter does not draw", ge=0)
     llm: EndpointConfig = field(default_factory=EndpointConfig)
 
@@ -75,10 +81,8 @@ class RewardConfig:
     """Part 2: SpatialScore."""
 
     backbone: str = setting("Qwen/Qwen2.5-VL-7B-Instruct", "hub id or folder of a Qwen2.5-VL model")
-    instruction: str = setting(  # [ours]
-        "Judge only whether the objects are placed as the text says.", "text put before the prompt; may be empty")
-    dtype: str = setting("bfloat16", "dtype of the backbone; the head is always float32",  # [HPSv3]
-                         choices=("float32", "bfloat16"))
+    instruction: str = setting("Judge only whether the objects are placed as the text says.", "put before the prompt")
+    dtype: str = setting("bfloat16", "dtype of the backbone; the head is always float32", choices=DTYPES)  # [HPSv3]
     lora_rank: int = setting(64, "rank of the language model's adapters; 0 trains none", ge=0)  # [VideoAlign]
     lora_alpha: int = setting(128, "scale of the adapters is alpha / rank", ge=1)  # [VideoAlign]
     train_merger: bool = setting(True, "train the vision-to-language merger")  # [VideoAlign]
@@ -114,8 +118,7 @@ class RLConfig:
     """Part 3: Spatial-RL."""
 
     model: str = setting("black-forest-labs/FLUX.1-dev", "hub id or folder of a FLUX pipeline")
-    dtype: str = setting("bfloat16", "dtype of the model; latents and log-probs are always float32",  # [Flow-GRPO]
-                         choices=("float32", "bfloat16"))
+    dtype: str = setting("bfloat16", "dtype of the model; latents are always float32", choices=DTYPES)  # [Flow-GRPO]
     resolution: int = setting(512, "height and width of the pictures in pixels", ge=16)  # [Flow-GRPO]
     guidance_scale: float = setting(3.5, "distilled guidance", ge=0)  # [Flow-GRPO]
     max_text_tokens: int = setting(256, "T5 tokens per prompt; a longer prompt is an error", ge=8)  # [ours]
@@ -128,8 +131,7 @@ class RLConfig:
     advantage_clip: float = setting(5.0, "advantages are clamped to +- this", gt=0)  # [Flow-GRPO]
     rollout_steps: int = setting(6, "denoising steps while training (T)", ge=1)
     eval_steps: int = setting(28, "denoising steps, without noise, for evaluation", ge=1)  # [Flow-GRPO]
-    kernel: str = setting("sde", "log-probs of steps (Flow-SDE, CPS, Dance-SDE), or of pictures (ode)",
-                          choices=("sde", "cps", "dance", "ode"))  # the paper uses Flow-SDE
+    kernel: str = setting("sde", "of steps: Flow-SDE, CPS, Dance; of pictures: ode", choices=KERNELS)  # the paper: sde
     noise: float = setting(0.9, "noise level of the kernel", gt=0)  # [Flow-GRPO]
     draws: int = setting(1, "noises per picture and trained step; their log-probs are averaged (kernel ode)", ge=1)
     same_start: bool = setting(False, "the images of a prompt start from the same noise")  # DanceGRPO: True
@@ -150,8 +152,7 @@ class RLConfig:
     gallery_every: int = setting(10, "RL steps between two galleries of the same prompts and seeds", ge=1)  # [ours]
     gallery_prompts: int = setting(8, "prompts of a gallery", ge=1)  # [ours]
     gate_tolerance: float = setting(1e-4, "largest |log ratio| of the first rollout, replayed", gt=0)  # [ours]
-    relations: tuple[float, ...] = setting(
-        PER_PROMPT, "relative frequency of training prompts with 1, 2, 3 ... relations", ge=0)
+    relations: tuple[float, ...] = setting(PER_PROMPT, "relative frequency of prompts with 1, 2, 3 ... relations", ge=0)
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,8 @@ class BenchConfig:
 
     in_domain_prompts: int = setting(200, "held-out prompts with in_domain_relations", ge=2)  # [ours]
     hard_prompts: int = setting(200, "held-out prompts with hard_relations", ge=2)  # [ours]
-    in_domain_relations: tuple[int, ...] = setting(  # [ours]
-        (3, 4, 5, 6), "relations of its prompts, in turn", ge=1, le=MOST_RELATIONS)
-    hard_relations: tuple[int, ...] = setting(  # [ours]
-        (7, 8, 9, 10), "relations of its prompts, in turn", ge=1, le=MOST_RELATIONS)
+    in_domain_relations: tuple[int, ...] = setting((3, 4, 5, 6), "of its prompts, in turn", ge=1, le=MOST_RELATIONS)
+    hard_relations: tuple[int, ...] = setting((7, 8, 9, 10), "of its prompts, in turn", ge=1, le=MOST_RELATIONS)
     images_per_prompt: int = setting(1, "images per prompt and model, each from a seed of its own", ge=1)  # [ours]
     bootstrap: int = setting(10_000, "resamples of the paired bootstrap", ge=100)  # [ours]
 
@@ -339,10 +338,9 @@ def _checked(key: str, value: Any, where: str, fields: Mapping[str, Any]) -> Any
 def _scalar(value: Any, kind: type, field_: dataclasses.Field, error: ConfigError) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):  # not isinstance: True is no int here
-        raise error
     rule = field_.metadata
-    if ("choices" in rule and value not in rule["choices"] or "ge" in rule and value < rule["ge"]
+    if (type(value) is not kind or kind is float and not math.isfinite(value)  # not isinstance: True is no int here
+            or "choices" in rule and value not in rule["choices"] or "ge" in rule and value < rule["ge"]
             or "gt" in rule and value <= rule["gt"] or "le" in rule and value > rule["le"]):
         raise error
     return value
@@ -364,6 +362,8 @@ def _check_together(config: Config, where: str) -> None:
         (rl.kernel != "ode" or not rl.same_start, "rl.same_start = true with rl.kernel = ode: images would be equal"),
         (reward.distorted + reward.renamed <= 1,
          f"reward.distorted = {reward.distorted} with reward.renamed = {reward.renamed}: expected a sum of at most 1"),
+        (len(data.generators) == len(data.generator_shares) and sum(data.generator_shares) > 0,
+         f"data.generator_shares = {_shown(data.generator_shares)}: expected one for each of data.generators"),
         (data.validation + data.test < 1, f"data.validation = {data.validation} with data.test = {data.test}: expected "
          "their sum to be below 1, or nothing is left to train on")]
     for key, weights in (("data.relations", data.relations), ("rl.relations", rl.relations)):

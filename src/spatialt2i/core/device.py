@@ -30,6 +30,8 @@ NEEDED_FOR = {
     "safetensors": "reading and writing weights",
     "datasets": "reading the pairs with load_dataset",
     "tensorboard": "live curves; metrics.jsonl is written without it",
+    "openai": "language models that write prompts, and endpoints that draw",
+    "ray": "building the dataset on a cluster (data.engine=ray)",
     "scipy": "the judge of the tabletop world, broken images for SpatialScore, statistics of the benchmarks",
     "matplotlib": "figures of the dataset and the report",
     "jinja2": "the page of the report",

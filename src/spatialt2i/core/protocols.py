@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,9 +19,11 @@ class Writer(Protocol):
 
     Attributes:
         threads: how many calls it is good to have under way at a time; 1 where it computes instead of waiting.
+        bill: what its calls have cost so far, see `spatialt2i.data.endpoint.Bill`; None where they are free.
     """
 
     threads: int
+    bill: Callable[[], Any] | None
 
     def write(self, *, id: str, n_relations: int, seed: int) -> Prompt:
         """One prompt with ``n_relations`` relations."""

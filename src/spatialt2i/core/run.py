@@ -28,12 +28,12 @@ from spatialt2i.core.config import Config, describe, load_config, to_dict, to_to
 HEADER = "# spatialt2i run folder: the resolved config\n"  # marks a folder as ours; only such a folder is ever deleted
 # How the work is done, not what comes out of it (rounding aside): may change between two calls on the same run.
 FREE = frozenset({
-    "device", "threads", "data.workers", "data.llm.key_env", "data.llm.concurrency", "data.llm.timeout",
-    "data.llm.retries", "data.llm.price_in", "data.llm.price_out", "data.llm.budget", "reward.micro_batch",
-    "reward.score_batch", "reward.save_every", "rl.micro_batch", "rl.sample_batch", "rl.save_every", "rl.gallery_every",
-    "rl.gallery_prompts", "rl.gate_tolerance"})
+    "device", "threads", "data.workers", "data.engine", "data.llm.key_env", "data.llm.concurrency", "data.llm.timeout",
+    "data.llm.retries", "data.llm.price_in", "data.llm.price_out", "data.llm.price_image", "data.llm.budget",
+    "reward.micro_batch", "reward.score_batch", "reward.save_every", "rl.micro_batch", "rl.sample_batch",
+    "rl.save_every", "rl.gallery_every", "rl.gallery_prompts", "rl.gate_tolerance"})
 ONLY_FOR = {"data.llm": ("data.writer", "llm")}  # sections that have a say for one value of a setting alone
-EXTENDS = frozenset({"rl.steps"})  # a finished stage goes on from where it is when one of these changes
+EXTENDS = frozenset({"rl.steps", "data.keep"})  # a finished stage goes on from where it is when one of these changes
 # They name the evaluation prompts, which pairs and training prompts were kept apart from.
 HELD_OUT = frozenset({
     "bench.in_domain_prompts", "bench.hard_prompts", "bench.in_domain_relations", "bench.hard_relations"})

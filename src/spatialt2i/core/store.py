@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spatialt2i.core.run import disk_errors, write_atomic
-from spatialt2i.core.types import Edit, Pair, Preference, Prompt, Relation, Verdict
+from spatialt2i.core.types import Drawn, Edit, Pair, Preference, Prompt, Relation, Verdict
 
 # the order of the columns in a shard; JSON holds what has no fixed shape
 COLUMNS: dict[str, str] = {
     "id": "string", "prompt": "string", "perturbed_prompt": "string", "chosen": "image", "rejected": "image",
     "relations": "string", "perturbed_relations": "string", "edits": "string", "n_perturbations": "int32",
-    "generator": "string", "seed": "int64", "verdicts": "string", "scene": "string", "perturbed_id": "string",
+    "generator": "string", "drawn": "string", "verdicts": "string", "scene": "string", "perturbed_id": "string",
 }
 REWRITE = "delete the file and run the stage that writes it again"
 REBUILD = "delete the file and run `spatialt2i data build` on the same run again"
@@ -74,11 +75,16 @@ def write_preferences(path: str | Path, rows: Sequence[Preference]) -> str:
     Returns:
         The sha256 of the file, in hex.
     """
+    return write_table(path, table_of(rows))
+
+
+def table_of(rows: Sequence[Preference]) -> pa.Table:
+    """Preferences as rows of a shard."""
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     for row in rows:
         for name, value in _to_columns(row).items():
             columns[name].append(value)
-    return write_table(path, pa.Table.from_pydict(columns, schema=schema()))
+    return pa.Table.from_pydict(columns, schema=schema())
 
 
 def schema() -> pa.Schema:
@@ -98,7 +104,7 @@ def write_table(path: str | Path, table: pa.Table) -> str:
     """
     buffer = io.BytesIO()
     pq.write_table(table.combine_chunks(), buffer, row_group_size=500, compression="zstd",
-                   use_dictionary=["generator", "scene"], write_page_checksum=True)
+                   use_dictionary=["generator", "drawn", "scene"], write_page_checksum=True)
     data = buffer.getvalue()
     write_atomic(path, data)
     return hashlib.sha256(data).hexdigest()
@@ -142,8 +148,8 @@ def _to_columns(row: Preference) -> dict[str, Any]:
         "relations": _json([r.to_json() for r in perfect.relations]),
         "perturbed_relations": _json([r.to_json() for r in perturbed.relations]),
         "edits": _json([e.to_json() for e in row.pair.edits]), "n_perturbations": row.pair.n_perturbations,
-        "generator": row.generator, "seed": row.seed, "verdicts": _json([v.to_json() for v in row.verdicts]),
-        "scene": perfect.scene,
+        "generator": row.drawn[0].generator, "drawn": _json([asdict(d) for d in row.drawn]),
+        "verdicts": _json([v.to_json() for v in row.verdicts]), "scene": perfect.scene,
     }
 
 
@@ -155,11 +161,14 @@ def _from_columns(row: dict[str, Any], where: str) -> Preference:
         pair = Pair(prompt(row["id"], row["prompt"], row["relations"]),
                     prompt(row["perturbed_id"], row["perturbed_prompt"], row["perturbed_relations"]),
                     tuple(Edit.from_json(e) for e in json.loads(row["edits"])))
-        chosen, rejected = (Verdict.from_json(v) for v in json.loads(row["verdicts"]))
+        drawn = tuple(Drawn(**d) for d in json.loads(row["drawn"]))
+        verdicts = tuple(Verdict.from_json(v) for v in json.loads(row["verdicts"]))
+        if (len(drawn), len(verdicts)) != (2, 2):
+            raise ValueError(f"{len(drawn)} pictures were drawn and {len(verdicts)} judged, expected 2 and 2")
     except (ValueError, KeyError, TypeError) as e:
         raise CorruptData(f"{where}: a column does not hold what it should ({type(e).__name__}: {e}); {REBUILD}") from e
     images = [_whole_image(row[side], f"{where}, {side}") for side in ("chosen", "rejected")]
-    return Preference(pair, images[0], images[1], row["generator"], row["seed"], (chosen, rejected))
+    return Preference(pair, images[0], images[1], drawn, verdicts)
 
 
 def read_image(path: Path) -> PIL.Image.Image:

@@ -184,21 +184,34 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """How a picture came about.
+
+    Attributes:
+        generator: who drew it. seed: its seed.
+        settings: what the generator's pictures depend on besides prompt and seed, JSON-able.
+    """
+
+    generator: str
+    seed: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Preference:
     """Two images judged under one prompt: ``chosen`` follows its layout, ``rejected`` does not.
 
     Attributes:
         pair: the prompts and edits; ``pair.perfect`` is the prompt that both images are judged under.
-        chosen, rejected: encoded image files (PNG or WebP bytes).
-        generator: who drew them. seed: its seed.
+        chosen, rejected: encoded image files (PNG, WebP or JPEG bytes).
+        drawn: how each came about.
         verdicts: of the chosen image under the perfect prompt, and of the rejected one under the perturbed prompt.
     """
 
     pair: Pair
     chosen: bytes
     rejected: bytes
-    generator: str
-    seed: int
+    drawn: tuple[Drawn, Drawn]
     verdicts: tuple[Verdict, Verdict]
 
     @property
@@ -216,7 +229,7 @@ class Preference:
 
         pair = Pair(self.pair.perturbed, self.pair.perfect, tuple(back(e) for e in self.pair.edits))
         return dataclasses.replace(self, pair=pair, chosen=self.rejected, rejected=self.chosen,
-                                   verdicts=(self.verdicts[1], self.verdicts[0]))
+                                   drawn=self.drawn[::-1], verdicts=self.verdicts[::-1])
 
     def mirror(self) -> Preference:
         """Both images flipped horizontally, with left and right exchanged in texts, predicates and object names.

@@ -11,35 +11,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spatialt2i.core.config import DataConfig
-from spatialt2i.core.run import write_atomic
-from spatialt2i.core.store import schema, write_table
+from spatialt2i.core.run import progress, write_atomic
+from spatialt2i.core.store import schema, table_of, write_table
+from spatialt2i.data.shard import Shard, preferences
 from spatialt2i.data.stages import KEPT
 
 SPLITS = ("train", "validation", "test")
 _SPAN = 2**63  # scene keys are uniform below it
 
 
-def plan(manifests: Sequence[dict[str, Any]], *, config: DataConfig,
+def plan(shards: Sequence[Sequence[Sequence[int] | None]], *, config: DataConfig,
          exclude: frozenset[int]) -> tuple[list[list[str | None]], Counter[str]]:
-    """Which split each row of each shard goes to.
+    """Which split each pair of each shard goes to.
 
     All pairs with the same place and objects go to one split, whatever else is in the dataset: so no text, no scene and
     no list of relations is in two splits. Of equal texts the first stays.
 
     Args:
-        manifests: of all shards, in order.
+        shards: the pairs of each, as keys of the scene and of both texts, or None for a pair that is not kept.
         config: the shares of the splits.
         exclude: keys of texts that must not appear, as either prompt of a pair.
 
     Returns:
-        A split's name, or None for a row that is left out, per row of each shard; and how many were left out, and why.
+        A split's name, or None for a pair that is left out, per pair of each shard; and how many of those to be kept
+        were left out, and why.
     """
     seen: set[int] = set()
     dropped: Counter[str] = Counter()
     splits: list[list[str | None]] = []
-    for manifest in manifests:
+    for rows in shards:
         splits.append([])
-        for scene, perfect, perturbed in manifest["rows"]:
+        for row in rows:
+            if row is None:
+                splits[-1].append(None)
+                continue
+            scene, perfect, perturbed = row
             why = ("in an evaluation set" if exclude & {perfect, perturbed} else
                    "text written before" if perfect in seen else None)
             dropped.update([why] if why else [])
@@ -53,14 +59,14 @@ def _split(scene: int, config: DataConfig) -> str:
     return "test" if at < config.test else "validation" if at < config.test + config.validation else "train"
 
 
-def assemble(shards: Sequence[Path], splits: Sequence[Sequence[str | None]], *, folder: Path,
+def assemble(shards: Sequence[Shard], splits: Sequence[Sequence[str | None]], *, folder: Path,
              rows: int) -> dict[str, str]:
     """Write the splits as parquet files ``{split}-{i}-of-{n}.parquet``; equal shards give equal bytes.
 
     An empty split has no file, because `datasets` does not read one without rows.
 
     Args:
-        shards: parquet files, read one at a time.
+        shards: finished ones, read one at a time.
         splits: what `plan` returned.
         folder: where the files go; parquet files of an earlier plan are removed.
         rows: rows per file; memory is bounded by those of one file per split.
@@ -82,10 +88,11 @@ def assemble(shards: Sequence[Path], splits: Sequence[Sequence[str | None]], *, 
         file = next(todo[name])
         sums[file] = write_table(folder / file, table)
 
-    for path, part in zip(shards, splits, strict=True):
-        table = pq.read_table(path, schema=schema())
+    for shard, part in progress(list(zip(shards, splits, strict=True)), desc="publishing"):
+        table = table_of(list(preferences(shard, [name is not None for name in part])))
+        kept = [name for name in part if name is not None]
         for name in SPLITS:
-            index = pa.array([i for i, split in enumerate(part) if split == name], pa.int64())
+            index = pa.array([i for i, split in enumerate(kept) if split == name], pa.int64())
             waiting[name] = pa.concat_tables([waiting[name], table.take(index)])
             while waiting[name].num_rows >= rows:
                 write(name, waiting[name].slice(0, rows))
@@ -134,7 +141,8 @@ satisfies the other's. Scores are for `prompt`.
 | `relations`, `perturbed_relations` | JSON lists of `predicate`, `subject`, `objects`, in the order of the clauses |
 | `edits` | JSON list: `kind`, `index`, `before`, `after`; `dependent` where an edit only follows from another |
 | `n_perturbations` | edits that are not dependent |
-| `generator`, `seed` | who drew both images, and the seed of both |
+| `generator` | who drew `chosen` |
+| `drawn` | JSON: of `chosen` and of `rejected` the generator, its seed and its settings |
 | `verdicts` | JSON: of `chosen` under `prompt` and of `rejected` under `perturbed_prompt`, with evidence |
 | `scene` | the place |
 

@@ -14,14 +14,14 @@ import functools
 import io
 import json
 import logging
+import math
 import os
 import re
-import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,16 @@ import tenacity
 from PIL import Image
 
 from spatialt2i.core.config import EndpointConfig
-from spatialt2i.core.run import disk_errors
 from spatialt2i.core.store import CorruptData
 from spatialt2i.data.images import ImageStore
+from spatialt2i.data.replies import Reply, ReplyStore
 
 log = logging.getLogger(__name__)
 LONGEST_WAIT = 60.0  # seconds between two tries, whatever a server asks for
 _BACK_OFF = tenacity.wait_random_exponential(multiplier=0.5, max=30)
 _MILLION = 1e6
+_PICTURE_TOKENS = 3000  # what a picture costs to be looked at, at most
+_TOP = 5  # most probable tokens that are asked for
 
 
 class _NoPicture(ValueError):
@@ -75,23 +77,6 @@ class EndpointError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What an endpoint answered.
-
-    Attributes:
-        text: the answer, or the name of the picture in its store.
-        tokens_in, tokens_out, images: what it cost.
-        kind: "" for an answer, else why there is none, see `AskError`.
-    """
-
-    text: str
-    tokens_in: int
-    tokens_out: int
-    images: int = 0
-    kind: str = ""
-
-
-@dataclass(frozen=True)
 class Bill:
     """What was asked of an endpoint so far, in all processes that share its store.
 
@@ -126,7 +111,7 @@ class Endpoint:
             raise EndpointError(f"no key for {config.base_url}: the environment variable {config.key_env} is not set; "
                                 "set it, name another one (key_env), or none where no key is needed (key_env = \"\")")
         self._config = config
-        self._store = _Store(store)
+        self._store = ReplyStore(store)
         self._under_way, self._reserved = 0, 0.0  # requests, and what they may cost
         self._changed = threading.Condition()
         self._faults: Counter[str] = Counter()
@@ -183,6 +168,29 @@ class Endpoint:
             reply = self._paid(key, most, request, self._client.images.generate, functools.partial(_picture, images))
         return _decoded(images.read(self._given(reply)))
 
+    def choose(self, question: str, image: bytes, *, options: Sequence[str], probable: bool) -> dict[str, float]:
+        """How probable each of the answers is to a question about a picture; an answer of other words is none of them.
+
+        Args:
+            question: must ask for one of the options. image: JPEG, PNG or WebP. options: single words.
+            probable: ask for probabilities; not every endpoint gives them. Else the answer's is 1.
+
+        Raises:
+            AskError, BudgetSpent, EndpointError, DiskFull: see `ask`.
+        """
+        url = f"data:image;base64,{base64.b64encode(image).decode()}"
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        request: dict[str, Any] = {
+            "model": self._config.model, "messages": [{"role": "user", "content": content}],
+            "temperature": self._config.temperature, "max_completion_tokens": self._config.max_tokens,
+            **({"logprobs": True, "top_logprobs": _TOP} if probable else {})}
+        key, most = self._identified(request, tokens_in=len(question) + _PICTURE_TOKENS)
+        reply = self._store.find(key)
+        if reply is None:
+            reply = self._paid(key, most, request, self._client.chat.completions.create,
+                               functools.partial(_read, text_of=functools.partial(_probabilities, options)))
+        return json.loads(self._given(reply))
+
     def bill(self) -> Bill:
         """What was asked so far, by all that share the store."""
         requests, *cost = self._store.totals()
@@ -198,11 +206,11 @@ class Endpoint:
         tokens = (tokens_in * self._config.price_in + tokens_out * self._config.price_out) / _MILLION
         return tokens + images * self._config.price_image
 
-    def _identified(self, request: dict[str, Any], images: int = 0) -> tuple[str, float]:
-        """What tells a request from others, and the most that it may cost."""
+    def _identified(self, request: dict[str, Any], *, tokens_in: int = 0, images: int = 0) -> tuple[str, float]:
+        """What tells a request from others, and the most that it may cost; a token has a character at least."""
         text = json.dumps(request, sort_keys=True)
         return (hashlib.sha256(f"{self._config.base_url} {text}".encode()).hexdigest(),
-                self._price(len(text), self._config.max_tokens, images))
+                self._price(tokens_in or len(text), self._config.max_tokens, images))
 
     def _paid(self, key: str, most: float, request: dict[str, Any], create: Callable[..., Any],
               read: Callable[[Any], Reply]) -> Reply:
@@ -266,10 +274,10 @@ class Endpoint:
         return await asyncio.to_thread(read, answer)
 
 
-def _read(answer: Any) -> Reply:
+def _read(answer: Any, *, text_of: Callable[[Any], str] = lambda choice: choice.message.content or "") -> Reply:
     """What a completion says, and why it says nothing."""
     choice = answer.choices[0]
-    text = choice.message.content or ""
+    text = text_of(choice)
     if answer.usage is None:
         raise EndpointError("the endpoint does not say how many tokens a reply has (usage), so nobody can say what it "
                             "costs; use one that does")
@@ -278,6 +286,22 @@ def _read(answer: Any) -> Reply:
         return Reply(choice.message.refusal, *tokens, kind="refusal")
     kinds = {"content_filter": "content filter", "length": "cut off"}
     return Reply(text, *tokens, kind=kinds.get(choice.finish_reason, "" if text else "refusal"))
+
+
+def _probabilities(options: Sequence[str], choice: Any) -> str:
+    """The probability of each option that the answer may have been, as JSON; of its first token where that is told."""
+    def word(text: str) -> str:
+        return text.strip().strip(".,!\"'").lower()
+
+    told = choice.logprobs.content if choice.logprobs else None
+    if not told:
+        answer = word(choice.message.content or "")
+        return json.dumps({answer: 1.0} if answer in options else {})
+    found = Counter()
+    for token in told[0].top_logprobs:
+        found[word(token.token)] += math.exp(token.logprob)
+    total = sum(found[option] for option in options)
+    return json.dumps({option: found[option] / total for option in options} if total else {})
 
 
 def _picture(images: ImageStore, answer: Any) -> Reply:
@@ -314,52 +338,3 @@ def _wait(state: tenacity.RetryCallState) -> float:
         return min(float(response.headers["retry-after"]), LONGEST_WAIT)
     except (AttributeError, KeyError, ValueError):  # no response, no such header, or a date
         return _BACK_OFF(state)
-
-
-class _Store:
-    """Replies by the hash of their request, in an SQLite file; whole or not there, whatever is killed when."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._lock = path, threading.Lock()
-        with self._errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT NOT NULL, "
-                             "tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL, images INTEGER NOT NULL, "
-                             "kind TEXT NOT NULL)")
-            # totals are read before each request, from this index and not from the texts
-            self._db.execute("CREATE INDEX IF NOT EXISTS cost ON replies (tokens_in, tokens_out, images)")
-
-    def find(self, key: str) -> Reply | None:
-        with self._errors():
-            row = self._db.execute("SELECT text, tokens_in, tokens_out, images, kind FROM replies WHERE key = ?",
-                                   (key,)).fetchone()
-        return Reply(*row) if row else None
-
-    def keep(self, key: str, reply: Reply) -> None:
-        with self._errors():
-            self._db.execute(  # what is paid twice costs twice
-                "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET text = excluded.text, "
-                "tokens_in = tokens_in + excluded.tokens_in, tokens_out = tokens_out + excluded.tokens_out, "
-                "images = images + excluded.images, kind = excluded.kind", (key, *astuple(reply)))
-
-    def totals(self) -> tuple[int, int, int, int]:
-        with self._errors():
-            return self._db.execute("SELECT COUNT(*), COALESCE(SUM(tokens_in), 0), COALESCE(SUM(tokens_out), 0), "
-                                    "COALESCE(SUM(images), 0) FROM replies").fetchone()
-
-    def close(self) -> None:
-        with self._errors():
-            self._db.close()
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        with self._lock, disk_errors(self._path):
-            try:
-                yield
-            except sqlite3.OperationalError as error:
-                raise OSError(f"{self._path}: {error}") from error
-            except sqlite3.DatabaseError as error:
-                raise CorruptData(f"{self._path}: not a whole SQLite file ({error}); delete it, and its replies are "
-                                  "asked for again") from error

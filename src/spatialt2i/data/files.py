@@ -27,18 +27,17 @@ _CHUNK = 250  # rows written at a time, which is what a killed process may lose
 _EXAMPLES = 20
 
 
-def write_prompt_file(writer: Writer, *, config: DataConfig, seed: int, path: Path,
-                      bill: Callable[[], Bill] | None = None) -> dict[str, Any]:
+def write_prompt_file(writer: Writer, *, config: DataConfig, seed: int, path: Path) -> dict[str, Any]:
     """``config.pairs`` prompts, one JSON object a line: id, text, scene, relations. No two have the same text.
 
-    A file that is there already is continued. Where the writer costs money, ``bill`` tells how much so far; after the
-    first rows the log says what all will cost.
+    A file that is there already is continued. Where the writer costs money, the log says after the first rows what all
+    will cost.
 
     Returns:
         ``prompts``, ``relations_distance`` (total variation between the numbers of relations and ``config.relations``),
         ``words`` (``min``, ``mode``, ``mean``, ``max`` per prompt), ``near_duplicates`` (the share of texts that nearly
         repeat an earlier one), ``scenes``, ``examples``, some texts, and ``dropped``, how often what the writer gave
-        was of no use, by kind, in this call; with ``bill`` also ``bill`` and ``estimate``.
+        was of no use, by kind, in this call; where it costs money also ``bill`` and ``estimate``.
 
     Raises:
         RunError: the file was written with other settings, or is longer.
@@ -52,19 +51,19 @@ def write_prompt_file(writer: Writer, *, config: DataConfig, seed: int, path: Pa
         dropped.update(drops)
         return [p.to_json() for p in prompts]
 
-    written, cost = _extend(path, config.pairs, rows, bill, desc="prompts", seen=lambda row: taken.add(row["text"]))
+    written, cost = _extend(path, config.pairs, rows, writer.bill, desc="prompts",
+                            seen=lambda row: taken.add(row["text"]))
     return _describe([Prompt.from_json(row) for row in written], config.relations) | {"dropped": dict(dropped)} | cost
 
 
-def write_pair_file(writer: Writer, prompts: Path, *, config: DataConfig, seed: int, path: Path,
-                    bill: Callable[[], Bill] | None = None) -> dict[str, Any]:
+def write_pair_file(writer: Writer, prompts: Path, *, config: DataConfig, seed: int, path: Path) -> dict[str, Any]:
     """For each prompt of a file a line: ``perfect``, ``perturbed`` and ``edits``.
 
     The last two are null where there are no edits, and ``why`` tells why. For the rest see `write_prompt_file`.
 
     Returns:
         ``pairs``, the prompts without edits by why, ``edits`` by kind, ``dependent_edits``, and
-        ``perturbations`` by number; with ``bill`` also ``bill`` and ``estimate``.
+        ``perturbations`` by number; where it costs money also ``bill`` and ``estimate``.
 
     Raises:
         RunError: the file was written with other settings, or of other prompts, or is longer.
@@ -82,7 +81,7 @@ def write_pair_file(writer: Writer, prompts: Path, *, config: DataConfig, seed: 
         return [{"perfect": prompt.to_json(), "perturbed": None, "edits": None, "why": pair} if isinstance(pair, str)
                 else pair.to_json() for prompt, pair in zip(part, found, strict=True)]
 
-    every, cost = _extend(path, len(given), rows, bill, desc="perturbed prompts")
+    every, cost = _extend(path, len(given), rows, writer.bill, desc="perturbed prompts")
     written = [row for row in every if row["edits"] is not None]
     edits = [edit for row in written for edit in row["edits"]]
     asked = [sum(not e["dependent"] for e in row["edits"]) for row in written]

@@ -73,11 +73,11 @@ def read_generator(name: str) -> PipelineConfig | ImageAPIConfig:
     return read_settings(ImageAPIConfig if _has_endpoint(path) else PipelineConfig, path)
 
 
-def open_generator(name: str, *, folder: Path, device: Callable[[], torch.device]) -> Generator:
+def open_generator(name: str, *, folder: Path, format: str, device: Callable[[], torch.device]) -> Generator:
     """What draws with the settings of that name.
 
     Args:
-        name: see `read_generator`. folder: keeps what endpoints drew, with what they replied.
+        name: see `read_generator`. folder: keeps what endpoints drew, in this format, with what they replied.
         device: tells where a pipeline computes.
 
     Raises:
@@ -88,7 +88,7 @@ def open_generator(name: str, *, folder: Path, device: Callable[[], torch.device
         from spatialt2i.data.endpoint import Endpoint
         from spatialt2i.data.image_api import APIGenerator
         from spatialt2i.data.images import ImageStore
-        return APIGenerator(name=_short(name), config=config, images=ImageStore(folder / "images", format="webp"),
+        return APIGenerator(name=_short(name), config=config, images=ImageStore(folder / "images", format=format),
                             endpoint=Endpoint(config.endpoint, folder / "images.sqlite"))
     from spatialt2i.data.pipelines import PipelineGenerator
     return PipelineGenerator(name=_short(name), config=config, device=device())

@@ -67,11 +67,19 @@ class ImageStore:
         try:
             data = path.read_bytes()
         except FileNotFoundError as error:
-            raise CorruptData(f"{path}: no such image; `data generate` makes it again") from error
+            raise CorruptData(f"{path}: no such image; `data build` on the same run makes it again") from error
         if hashlib.sha256(data).hexdigest() != name:
-            raise CorruptData(f"{path}: the image is not what it was ({len(data)} bytes); `data generate` makes it "
-                              "again")
+            raise CorruptData(f"{path}: the image is not what it was ({len(data)} bytes); `data build` on the "
+                              "same run makes it again")
         return data
+
+    def has(self, name: str) -> bool:
+        """Whether the file with that sha256 is there, and is what it was."""
+        try:
+            self.read(name)
+        except CorruptData:
+            return False
+        return True
 
     def _path(self, name: str) -> Path:
         return self._folder / name[:2] / f"{name}.{self._format}"

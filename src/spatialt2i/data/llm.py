@@ -70,7 +70,7 @@ class LLMWriter:
     """
 
     def __init__(self, endpoint: Endpoint, *, threads: int) -> None:
-        self._endpoint, self.threads = endpoint, threads
+        self._endpoint, self.threads, self.bill = endpoint, threads, endpoint.bill
 
     def write(self, *, id: str, n_relations: int, seed: int) -> Prompt:
         """A prompt with that many relations, about a kind of place that the seed picks by the paper's shares.

@@ -31,7 +31,7 @@ _CORNERS = tuple(p for p in PLACES if p.endswith("corner"))
 class SceneWriter:
     """Prompts about 25 kinds of places, and edits of their relations by rule."""
 
-    threads = 1
+    threads, bill = 1, None
 
     def write(self, *, id: str, n_relations: int, seed: int) -> Prompt:
         """A prompt whose relations do not contradict each other.

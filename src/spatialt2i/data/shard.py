@@ -1,22 +1,66 @@
-"""One unit of work: a run of candidate pairs, computed by one process and stored as one set of files."""
+"""One unit of work: a run of candidate pairs, computed by one process and stored as one set of files.
+
+Rows of pictures and verdicts say what they were made from (``by``), so that only those are made again that something
+changed for.
+"""
 
 from __future__ import annotations
 
+import functools
+import io
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from spatialt2i.core.config import DataConfig
 from spatialt2i.core.protocols import Generator, Verifier, Writer
-from spatialt2i.core.run import file_hash, read_json, seed_of, write_json
-from spatialt2i.core.store import write_jsonl, write_preferences
-from spatialt2i.core.types import Prompt
-from spatialt2i.data.stages import KEPT, PROMPT_DROPPED, draw_and_judge, perturb_prompts, write_prompts
+from spatialt2i.core.run import file_hash, json_text, read_json, seed_of, write_json
+from spatialt2i.core.store import CorruptData, append_jsonl, read_jsonl, write_jsonl
+from spatialt2i.core.types import Drawn, Pair, Preference, Prompt, Verdict
+from spatialt2i.data.images import ImageStore
+from spatialt2i.data.stages import NOT_DRAWN, PROMPT_DROPPED, draw_pairs, judge_pairs, perturb_prompts, write_prompts
 
-Parts = Callable[[], tuple[Writer, Generator, Verifier]]
-FILES = ("prompts/{}.jsonl", "pairs/{}.jsonl", "verdicts/{}.jsonl", "shards/{}.parquet")
+STEPS = ("prompts", "pairs", "drawn", "verdicts")  # a file of JSON lines each
+_BATCH = 32  # pairs drawn or judged at a time, which is what a killed process may lose
+
+
+class Parts:
+    """Makes the writer, the generators and the verifier when they are wanted; each process has its own.
+
+    Args:
+        writer, verifier: make them. generators: make those who draw, by name. Picklable, all of them.
+    """
+
+    def __init__(self, *, writer: Callable[[], Writer], generators: dict[str, Callable[[], Generator]],
+                 verifier: Callable[[], Verifier]) -> None:
+        self._makers = {"writer": writer, "verifier": verifier, **{("drawn", n): g for n, g in generators.items()}}
+        self._made: dict[Any, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_makers": self._makers, "_made": {}}
+
+    def writer(self) -> Writer:
+        """Who writes."""
+        return self._one("writer")
+
+    def verifier(self) -> Verifier:
+        """Who judges."""
+        return self._one("verifier")
+
+    def generators(self, names: Sequence[str]) -> tuple[Generator, ...]:
+        """Those who draw; others are let go of, because they may fill the memory."""
+        for kept in [key for key in self._made if key[0] == "drawn" and key[1] not in names]:
+            del self._made[kept]
+        return tuple(self._one(("drawn", name)) for name in names)
+
+    def _one(self, key: Any) -> Any:
+        if key not in self._made:
+            self._made[key] = self._makers[key]()
+        return self._made[key]
 
 
 @dataclass(frozen=True)
@@ -25,8 +69,10 @@ class Shard:
 
     Attributes:
         number: position among the shards. start, stop: its candidate indices.
-        config, seed: what the pairs depend on. identity: a hash of both; files of another one are stale.
-        folder: where the files go. parts: makes the writer, the generator and the verifier.
+        config, seed: what the pairs depend on.
+        drawn_by: names of those who draw the perfect and the perturbed prompts.
+        identities: what its prompts, its pictures and its verdicts depend on; what was made from others is stale.
+        folder: where the files go.
     """
 
     number: int
@@ -34,46 +80,45 @@ class Shard:
     stop: int
     config: DataConfig
     seed: int
-    identity: str
+    drawn_by: tuple[str, str]
+    identities: tuple[str, str, str]
     folder: Path
-    parts: Parts
 
-    def path(self, pattern: str) -> Path:
-        """One of `FILES` of this shard."""
-        return self.folder / pattern.format(f"{self.number:05d}")
+    def path(self, step: str) -> Path:
+        """The file of one of `STEPS`."""
+        return self.folder / step / f"{self.number:05d}.jsonl"
 
     @property
     def manifest(self) -> Path:
         """The file that says that the others are complete; it is written last."""
-        return self.path("shards/{}.json")
+        return self.folder / "shards" / f"{self.number:05d}.json"
+
+    @property
+    def images(self) -> ImageStore:
+        """The pictures of all shards."""
+        return ImageStore(self.folder / "images", format=self.config.image_format)
 
 
-def make_shard(shard: Shard) -> dict[str, Any]:
-    """Compute a shard, write its files, and return its manifest."""
-    writer, generator, verifier = shard.parts()
+def make_shard(shard: Shard, parts: Parts) -> dict[str, Any]:
+    """Compute what a shard lacks, write its files, and return its manifest."""
     counts: Counter[str] = Counter()
-    prompts, drops = write_prompts(writer, indices=range(shard.start, shard.stop), config=shard.config, seed=shard.seed)
+    prompts, drops = write_prompts(parts.writer(), indices=range(shard.start, shard.stop), config=shard.config,
+                                   seed=shard.seed)
     counts.update({f"{PROMPT_DROPPED}: {kind}": n for kind, n in drops.items()})
-    pairs = perturb_prompts(writer, prompts, config=shard.config, seed=shard.seed)
-    counts.update(why for why in pairs if isinstance(why, str))
-    found, verdicts, kept = [p for p in pairs if not isinstance(p, str)], [], []
-    for judged in draw_and_judge(generator, verifier, found, seed=shard.seed):
-        counts[judged.outcome] += 1
-        if judged.outcome == KEPT:
-            kept.append(judged.preference)
-        own = [v.to_json() for v in judged.preference.verdicts] if judged.preference else None
-        verdicts.append({"id": judged.pair.perfect.id, "outcome": judged.outcome, "verdicts": own,
-                         "under_the_other": judged.crossed})
-    write_jsonl(shard.path(FILES[0]), [p.to_json() for p in prompts])
-    write_jsonl(shard.path(FILES[1]), [{"id": p.perfect.id, "perturbed": p.perturbed.to_json(),
-                                        "edits": [e.to_json() for e in p.edits]} for p in found])
-    write_jsonl(shard.path(FILES[2]), verdicts)
-    write_preferences(shard.path(FILES[3]), kept)
+    perturbed = perturb_prompts(parts.writer(), prompts, config=shard.config, seed=shard.seed)
+    counts.update(why for why in perturbed if isinstance(why, str))
+    pairs = [p for p in perturbed if not isinstance(p, str)]
+    write_jsonl(shard.path("prompts"), [p.to_json() for p in prompts])
+    write_jsonl(shard.path("pairs"), [{"id": p.perfect.id, "perturbed": p.perturbed.to_json(),
+                                       "edits": [e.to_json() for e in p.edits]} for p in pairs])
+    drawn = _draw(shard, parts, pairs)
+    whole = [pair for pair in pairs if not _why(drawn[pair.perfect.id])]
+    judged = _judge(shard, parts, whole, drawn)
     manifest = {
-        "identity": shard.identity, "counts": dict(sorted(counts.items())),
-        "generator": {"name": generator.name, **generator.settings},
-        "sha256": {pattern: file_hash(shard.path(pattern)) for pattern in FILES},
-        "rows": [[scene_key(p.prompt), text_key(p.pair.perfect.text), text_key(p.pair.perturbed.text)] for p in kept],
+        "identities": list(shard.identities), "counts": dict(sorted(counts.items())),
+        "sha256": {step: file_hash(shard.path(step)) for step in STEPS},
+        "pairs": [[scene_key(p.perfect), text_key(p.perfect.text), text_key(p.perturbed.text),
+                   _facts(drawn[p.perfect.id], judged.get(p.perfect.id))] for p in pairs],
     }
     write_json(shard.manifest, manifest)
     return manifest
@@ -87,11 +132,109 @@ def stored(shard: Shard) -> dict[str, Any] | None:
     """
     try:
         manifest = read_json(shard.manifest)
-        whole = manifest["identity"] == shard.identity and all(
-            file_hash(shard.path(pattern)) == manifest["sha256"][pattern] for pattern in FILES)
+        whole = manifest["identities"] == list(shard.identities) and all(
+            file_hash(shard.path(step)) == manifest["sha256"][step] for step in STEPS)
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing, cut off, or no manifest at all
         return None
     return manifest if whole else None
+
+
+def pictures_whole(shard: Shard) -> bool:
+    """Whether all pictures of a shard are there and are what they were."""
+    return all(_whole(shard.images, row) for row in read_jsonl(shard.path("drawn")))
+
+
+def preferences(shard: Shard, wanted: Sequence[bool]) -> Iterator[Preference]:
+    """The pairs of a finished shard, as far as they are wanted, with their pictures.
+
+    Raises:
+        CorruptData: a file is damaged, or a picture is damaged or missing.
+    """
+    prompts = {row["id"]: Prompt.from_json(row) for row in read_jsonl(shard.path("prompts"))}
+    drawn, judged = ({row["id"]: row for row in read_jsonl(shard.path(step))} for step in ("drawn", "verdicts"))
+    for row, want in zip(read_jsonl(shard.path("pairs")), wanted, strict=True):
+        if want:
+            id = row["id"]
+            pair = Pair.from_json({**row, "perfect": prompts[id].to_json()})
+            chosen, rejected = (shard.images.read(p["image"]) for p in drawn[id]["pictures"])
+            yield Preference(pair, chosen, rejected, tuple(Drawn(**p["by"]) for p in drawn[id]["pictures"]),
+                             tuple(Verdict.from_json(v) for v in judged[id]["verdicts"]))
+
+
+def _draw(shard: Shard, parts: Parts, pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
+    """A row per pair: who drew its pictures, how, and their names in the store, or why there is none."""
+    def work(part: Sequence[Pair]) -> Iterator[dict[str, Any]]:
+        both = draw_pairs(parts.generators(shard.drawn_by), shard.images, part, seed=shard.seed,
+                          same_seed=shard.config.same_seed)
+        for pictures in both:
+            yield {"pictures": [{"by": asdict(p.by), "image": p.image, "why": p.why} for p in pictures]}
+
+    made_from = {p.perfect.id: _hash(shard.identities[1], p.perfect.text, p.perturbed.text) for p in pairs}
+    return _completed(shard.path("drawn"), pairs, made_from, work, functools.partial(_whole, shard.images))
+
+
+def _whole(images: ImageStore, drawn: dict[str, Any]) -> bool:
+    return all(images.has(p["image"]) for p in drawn["pictures"] if p["image"])
+
+
+def _judge(shard: Shard, parts: Parts, pairs: Sequence[Pair],
+           drawn: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A row per pair: the verdicts on both pictures, and whether each fits the other prompt too."""
+    def open_image(name: str) -> Image.Image:
+        with Image.open(io.BytesIO(shard.images.read(name))) as image:
+            return image.convert("RGB")
+
+    def work(part: Sequence[Pair]) -> Iterator[dict[str, Any]]:
+        images = [tuple(open_image(p["image"]) for p in drawn[pair.perfect.id]["pictures"]) for pair in part]
+        for judgement in judge_pairs(parts.verifier(), part, images):
+            yield {"verdicts": [v.to_json() for v in judgement.verdicts], "under_the_other": judgement.crossed}
+
+    made_from = {p.perfect.id: _hash(shard.identities[2], json_text(p.to_json()),
+                                     *(picture["image"] for picture in drawn[p.perfect.id]["pictures"]))
+                 for p in pairs}
+    return _completed(shard.path("verdicts"), pairs, made_from, work, lambda row: True)
+
+
+def _completed(path: Path, pairs: Sequence[Pair], made_from: dict[str, str],
+               work: Callable[[Sequence[Pair]], Iterator[dict[str, Any]]],
+               whole: Callable[[dict[str, Any]], bool]) -> dict[str, dict[str, Any]]:
+    """The rows of a file by id, in the order of the pairs; those that are missing, stale or not whole are made now."""
+    rows = {row["id"]: row for row in _readable(path) if row.get("by") == made_from.get(row["id"]) and whole(row)}
+    todo = [pair for pair in pairs if pair.perfect.id not in rows]
+    for start in range(0, len(todo), _BATCH):
+        part = todo[start:start + _BATCH]
+        new = [{"id": pair.perfect.id, "by": made_from[pair.perfect.id], **row}
+               for pair, row in zip(part, work(part), strict=True)]
+        append_jsonl(path, *new)
+        rows |= {row["id"]: row for row in new}
+    ordered = {pair.perfect.id: rows[pair.perfect.id] for pair in pairs}
+    write_jsonl(path, ordered.values())
+    return ordered
+
+
+def _readable(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file as far as it is whole."""
+    rows: list[dict[str, Any]] = []
+    try:
+        rows.extend(read_jsonl(path))
+    except (FileNotFoundError, CorruptData):  # what cannot be read is made again
+        path.unlink(missing_ok=True)
+    return rows
+
+
+def _facts(drawn: dict[str, Any], judged: dict[str, Any] | None) -> Any:
+    """What decides whether a pair is kept: why it was not drawn, or what was judged."""
+    if judged is None:
+        return f"{NOT_DRAWN}: {_why(drawn)}"
+    return [[v["overall"] for v in judged["verdicts"]], list(judged["under_the_other"])]
+
+
+def _why(drawn: dict[str, Any]) -> str:
+    return next((picture["why"] for picture in drawn["pictures"] if picture["why"]), "")
+
+
+def _hash(*parts: str) -> str:
+    return f"{seed_of(*parts):016x}"
 
 
 def scene_key(prompt: Prompt) -> int:

@@ -10,21 +10,35 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+from PIL.Image import Image
 
-from spatialt2i.core.config import DataConfig
+from spatialt2i.core.config import RULES, DataConfig
 from spatialt2i.core.protocols import Generator, Verifier, Writer
 from spatialt2i.core.run import seed_of
-from spatialt2i.core.types import Pair, Preference, Prompt, Verdict
-from spatialt2i.data.images import encode
+from spatialt2i.core.types import Drawn, Pair, Prompt, Verdict
+from spatialt2i.data.images import ImageStore
 
 KEPT = "kept"
 S, T = TypeVar("S"), TypeVar("T")
 NOT_DRAWN = "not drawn"
+_WHY = dict(zip(RULES, ("chosen image wrong", "rejected image wrong", *["fits the other prompt"] * 2), strict=True))
 UNPERTURBED, EDITS_DROPPED = "no satisfiable edit", "edits dropped"  # why a prompt is not perturbed
 PROMPT_DROPPED = "prompt dropped"  # and another one written in its place
 _ATTEMPTS = 1000  # texts in a row that are taken already, before a writer counts as exhausted
 _PATIENCE = 10  # times that a writer may drop one prompt
-_BATCH = 64  # pairs drawn and judged at a time, which bounds the memory of their pictures
+
+
+class Picture(NamedTuple):
+    """A picture that was asked for.
+
+    Attributes:
+        by: who drew it, and how.
+        image: its name in the store; empty where there is none. why: why there is none.
+    """
+
+    by: Drawn
+    image: str = ""
+    why: str = ""
 
 
 class Dropped(RuntimeError):
@@ -138,52 +152,62 @@ def at_a_time(threads: int, function: Callable[[S], T], items: Iterable[S]) -> l
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-class Judged(NamedTuple):
-    """What became of a pair.
+def draw_pairs(generators: tuple[Generator, Generator], images: ImageStore, pairs: Sequence[Pair], *,
+               seed: int, same_seed: bool) -> list[tuple[Picture, Picture]]:
+    """Both pictures of each pair, kept in ``images``.
+
+    Args:
+        generators: who draws the perfect, who the perturbed prompts; mostly one, so that style gives no answer away.
+        images: where the pictures go. pairs: what is drawn. seed: the run's.
+        same_seed: both pictures of a pair start from the same seed.
+    """
+    first = [seed_of(seed, "data-image", p.perfect.id) for p in pairs]
+    other = first if same_seed else [seed_of(seed, "data-image", p.perfect.id, "rejected") for p in pairs]
+    prompts = [p.perfect for p in pairs], [p.perturbed for p in pairs]
+    if generators[0] is generators[1]:
+        both = generators[0].generate(prompts=[*prompts[0], *prompts[1]], seeds=[*first, *other])
+        drawn = both[:len(pairs)], both[len(pairs):]
+    else:
+        drawn = tuple(g.generate(prompts=p, seeds=s) for g, p, s in
+                      zip(generators, prompts, (first, other), strict=True))
+
+    def picture(side: int, i: int) -> Picture:
+        found, by = drawn[side][i], Drawn(generators[side].name, (first, other)[side][i], generators[side].settings)
+        return Picture(by, why=found) if isinstance(found, str) else Picture(by, image=images.keep(found))
+
+    return [(picture(0, i), picture(1, i)) for i in range(len(pairs))]
+
+
+class Judgement(NamedTuple):
+    """What a verifier says of both pictures of a pair.
 
     Attributes:
-        pair: the prompts.
-        outcome: `KEPT`, or why not.
-        preference: with both pictures, each judged under its own prompt; None where one was not drawn.
+        verdicts: of each picture under its own prompt.
         crossed: whether each picture satisfies the other prompt as well (None = not judged), in which case the pair
             would teach something false.
     """
 
-    pair: Pair
-    outcome: str
-    preference: Preference | None = None
-    crossed: tuple[bool | None, bool | None] = (None, None)
+    verdicts: tuple[Verdict, Verdict]
+    crossed: tuple[bool | None, bool | None]
 
 
-def draw_and_judge(generator: Generator, verifier: Verifier, pairs: Sequence[Pair], *, seed: int) -> Iterator[Judged]:
-    """Both pictures of each pair, from one seed, and what the verifier says of them."""
-    for start in range(0, len(pairs), _BATCH):
-        part = pairs[start:start + _BATCH]
-        perfect, perturbed, n = [p.perfect for p in part], [p.perturbed for p in part], len(part)
-        seeds = [seed_of(seed, "data-image", p.id) for p in perfect]
-        images = generator.generate(prompts=[*perfect, *perturbed], seeds=seeds * 2)
-        missing = {i % n: why for i, why in enumerate(images) if isinstance(why, str)}
-        drawn = [i for i in range(n) if i not in missing]
-        under = ((0, perfect), (n, perturbed), (0, perturbed), (n, perfect))
-        verdicts = verifier.verify(images=[images[at + i] for at, _ in under for i in drawn],
-                                   prompts=[prompts[i] for _, prompts in under for i in drawn])
-        four = {i: verdicts[k::len(drawn)] for k, i in enumerate(drawn)}
-        for i, pair in enumerate(part):
-            if i in missing:
-                yield Judged(pair, f"{NOT_DRAWN}: {missing[i]}")
-                continue
-            own, crossed = (four[i][0], four[i][1]), (four[i][2].overall, four[i][3].overall)
-            chosen, rejected = encode(images[i], "png"), encode(images[n + i], "png")
-            preference = Preference(pair, chosen, rejected, generator.name, seeds[i], own)
-            yield Judged(pair, outcome(own, crossed), preference, crossed)
+def judge_pairs(verifier: Verifier, pairs: Sequence[Pair], images: Sequence[tuple[Image, Image]]) -> list[Judgement]:
+    """Judge both pictures of each pair under both its prompts."""
+    perfect, perturbed = [p.perfect for p in pairs], [p.perturbed for p in pairs]
+    chosen, rejected, n = [first for first, _ in images], [second for _, second in images], len(pairs)
+    found = verifier.verify(images=[*chosen, *rejected] * 2, prompts=[*perfect, *perturbed, *perturbed, *perfect])
+    return [Judgement((own, other), (crossed.overall, recrossed.overall))
+            for own, other, crossed, recrossed in zip(*(found[i * n:(i + 1) * n] for i in range(4)), strict=True)]
 
 
-def outcome(verdicts: tuple[Verdict, Verdict], crossed: tuple[bool | None, bool | None]) -> str:
-    """Whether a pair is kept, or why not."""
-    overall = tuple(v.overall for v in verdicts)
-    if None in (*overall, *crossed):
+def outcome(overall: tuple[bool | None, bool | None], crossed: tuple[bool | None, bool | None],
+            keep: Sequence[str] = RULES) -> str:
+    """Whether a pair is kept, or why not; ``keep`` says what must hold, see `RULES`."""
+    holds = dict(zip(RULES, (*overall, *(None if fits is None else not fits for fits in crossed)), strict=True))
+    asked = {rule: holds[rule] for rule in keep}
+    if None in asked.values():
         return "not judged"
-    if overall != (True, True):
-        wrong = {(False, True): "chosen image wrong", (True, False): "rejected image wrong"}
-        return wrong.get(overall, "both images wrong")
-    return "fits the other prompt" if any(crossed) else KEPT
+    broken = [rule for rule, held in asked.items() if not held]
+    if {"chosen right", "rejected right"} <= set(broken):
+        return "both images wrong"
+    return _WHY[broken[0]] if broken else KEPT

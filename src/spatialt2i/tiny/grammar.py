@@ -47,7 +47,7 @@ _MOVES: dict[str, tuple[str, ...]] = {
 class TinyWriter:
     """Prompts of the tabletop world: an opener, an anchor object, and clauses chained to it."""
 
-    threads = 1
+    threads, bill = 1, None
 
     def write(self, *, id: str, n_relations: int, seed: int) -> Prompt:
         """A prompt that can be satisfied: it is read off a scene that was laid out on the way.

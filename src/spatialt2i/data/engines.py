@@ -1,0 +1,93 @@
+"""Where shards are made: here, in processes, or on a cluster. Each yields them with their manifests, as they finish."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import Connection
+from typing import Any
+
+from spatialt2i.core.device import cpu_count
+from spatialt2i.core.run import RunError
+from spatialt2i.data.shard import Parts, Shard, make_shard, stored
+
+
+def in_processes(shards: Sequence[Shard], workers: int, parts: Parts) -> Iterator[tuple[Shard, dict[str, Any]]]:
+    """In processes of this machine, as many as it has cores where ``workers`` is 0."""
+    workers = workers or cpu_count()
+    if min(workers, len(shards)) <= 1:
+        for shard in shards:
+            yield shard, make_shard(shard, parts)
+        return
+    context = multiprocessing.get_context("spawn")
+    life, ours = context.Pipe(duplex=False)  # closed when this process ends, however it does: then the workers end too
+    pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=context, initializer=_prepare,
+                               initargs=(life, parts))
+    try:
+        waiting = {pool.submit(_make_shard, shard): shard for shard in shards}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+        pool.shutdown()
+    finally:
+        ours.close()
+        pool.shutdown(cancel_futures=True)
+        life.close()
+
+
+_OWN: list[Parts] = []  # of a worker process
+
+
+def _make_shard(shard: Shard) -> dict[str, Any]:
+    return make_shard(shard, _OWN[0])
+
+
+def _prepare(life: Connection, parts: Parts) -> None:
+    """Give a worker its parts; make it leave Ctrl-C to its parent, and end with it."""
+    _OWN.append(parts)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        life.poll(None)  # returns when the other end is closed, because nothing is ever sent
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def on_ray(shards: Sequence[Shard], workers: int, parts: Parts) -> Iterator[tuple[Shard, dict[str, Any]]]:
+    """With Ray Data, on the cluster that it is connected to or else on this machine.
+
+    An actor has a GPU of its own where the cluster has any, else a core; there are as many as that allows where
+    ``workers`` is 0. The folder of the shards must be the same on all machines.
+    """
+    import ray
+
+    class Worker:
+        def __init__(self) -> None:
+            self._parts = parts
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            for i in batch["i"]:
+                make_shard(shards[i], self._parts)
+            return batch
+
+    if not shards:
+        return
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    total = ray.cluster_resources()
+    kind = "GPU" if total.get("GPU") else "CPU"
+    todo = ray.data.from_items([{"i": i} for i in range(len(shards))], override_num_blocks=len(shards))
+    done = todo.map_batches(Worker, batch_size=1, concurrency=min(workers or int(total[kind]), len(shards)),
+                            num_gpus=1 if kind == "GPU" else None, num_cpus=1)
+    for row in done.iter_rows():
+        shard = shards[row["i"]]
+        manifest = stored(shard)
+        if manifest is None:
+            raise RunError(f"{shard.manifest}: a worker has made it, and it is not here; all machines of the cluster "
+                           "must have the run's folder under the same path")
+        yield shard, manifest
