@@ -72,7 +72,8 @@ def test_load_dataset_reads_the_folder_and_sees_images(shard: Path, monkeypatch,
     assert set(loaded) == {"train"} and loaded["train"].column_names == list(COLUMNS)
     row = loaded["train"][3]
     assert row["chosen"].size == (16, 16) and row["chosen"].mode == "RGB"
-    assert (row["prompt"], row["n_perturbations"], row["generator"]) == (preference(3).prompt.text, 1, "painter")
+    assert [row[name] for name in ("prompt", "n_perturbations", "generator", "seed")] == [
+        preference(3).prompt.text, 1, "painter", preference(3).drawn[0].seed]
 
 
 def test_two_scenes_in_a_pair_are_refused(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from spatialt2i.core.types import Drawn, Edit, Pair, Preference, Prompt, Relatio
 COLUMNS: dict[str, str] = {
     "id": "string", "prompt": "string", "perturbed_prompt": "string", "chosen": "image", "rejected": "image",
     "relations": "string", "perturbed_relations": "string", "edits": "string", "n_perturbations": "int32",
-    "generator": "string", "drawn": "string", "verdicts": "string", "scene": "string", "perturbed_id": "string",
+    "generator": "string", "seed": "int64", "drawn": "string", "verdicts": "string", "scene": "string",
+    "perturbed_id": "string",
 }
 REWRITE = "delete the file and run the stage that writes it again"
 REBUILD = "delete the file and run `spatialt2i data build` on the same run again"
@@ -148,7 +149,7 @@ def _to_columns(row: Preference) -> dict[str, Any]:
         "relations": _json([r.to_json() for r in perfect.relations]),
         "perturbed_relations": _json([r.to_json() for r in perturbed.relations]),
         "edits": _json([e.to_json() for e in row.pair.edits]), "n_perturbations": row.pair.n_perturbations,
-        "generator": row.drawn[0].generator, "drawn": _json([asdict(d) for d in row.drawn]),
+        "generator": row.drawn[0].generator, "seed": row.drawn[0].seed, "drawn": _json([asdict(d) for d in row.drawn]),
         "verdicts": _json([v.to_json() for v in row.verdicts]), "scene": perfect.scene,
     }
 

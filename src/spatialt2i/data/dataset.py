@@ -141,7 +141,7 @@ satisfies the other's. Scores are for `prompt`.
 | `relations`, `perturbed_relations` | JSON lists of `predicate`, `subject`, `objects`, in the order of the clauses |
 | `edits` | JSON list: `kind`, `index`, `before`, `after`; `dependent` where an edit only follows from another |
 | `n_perturbations` | edits that are not dependent |
-| `generator` | who drew `chosen` |
+| `generator`, `seed` | who drew `chosen`, and its seed; by default the same for `rejected` |
 | `drawn` | JSON: of `chosen` and of `rejected` the generator, its seed and its settings |
 | `verdicts` | JSON: of `chosen` under `prompt` and of `rejected` under `perturbed_prompt`, with evidence |
 | `scene` | the place |
