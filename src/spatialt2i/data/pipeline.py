@@ -13,9 +13,10 @@ they finish, or on how often the work was killed and started again. In the folde
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -99,8 +100,7 @@ def _shards(config: DataConfig, seed: int, folder: Path, settings_of: Mapping[st
     judged = identity("verifier") + settings_of.get(config.verifier, "")
     ranges = [(start, min(start + config.shard, config.pairs)) for start in range(0, config.pairs, config.shard)]
     found = []
-    for i, (start, stop) in enumerate(ranges):
-        names = _turn(i, config)
+    for i, ((start, stop), names) in enumerate(zip(ranges, _turns(config), strict=False)):
         drawn = identity("image_format", "same_seed", "wrong_layout") + "".join(
             name + settings_of.get(name, "") for name in names)
         found.append(Shard(i, start, stop, config, seed, names,
@@ -108,14 +108,14 @@ def _shards(config: DataConfig, seed: int, folder: Path, settings_of: Mapping[st
     return found
 
 
-def _turn(i: int, config: DataConfig) -> tuple[str, str]:
-    """Who draws the i-th shard: first whoever is furthest behind its share, so that the shares hold at any length."""
+def _turns(config: DataConfig) -> Iterator[tuple[str, str]]:
+    """Who draws shard after shard: whoever is furthest behind its share, so that the shares hold at any length."""
     names, shares = config.generators, np.array(config.generator_shares) / sum(config.generator_shares)
     drawn = np.zeros(len(names))
-    for n in range(i + 1):
-        k = int(np.argmax(shares * (n + 1) - drawn))
+    for n in itertools.count(1):
+        k = int(np.argmax(shares * n - drawn))
         drawn[k] += 1
-    return names[k], names[k if config.same_generator else (k + 1) % len(names)]
+        yield names[k], names[k if config.same_generator else (k + 1) % len(names)]
 
 
 def _manifests(shards: Sequence[Shard], config: DataConfig, parts: Parts) -> list[dict[str, Any]]:
