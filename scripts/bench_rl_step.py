@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spatialt2i.build import model_folder
+from spatialt2i.build.parts import model_folder
 from spatialt2i.core.config import load_config, to_dict
 from spatialt2i.core.device import pick_device, set_threads
 from spatialt2i.core.run import json_text, seed_of

@@ -16,7 +16,7 @@ import sys
 import numpy as np
 import torch
 
-from spatialt2i.build import make_policy, make_scorer, training_prompts
+from spatialt2i.build.parts import make_policy, make_scorer, training_prompts
 from spatialt2i.core.config import load_config
 from spatialt2i.core.device import set_threads
 from spatialt2i.core.run import json_text, progress, seed_of

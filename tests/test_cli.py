@@ -40,14 +40,15 @@ def stage(monkeypatch) -> SimpleNamespace:
 
 
 def test_the_commands_are_there() -> None:
-    assert NAMES == ["data build", "data prompts", "data perturb", "reward train", "reward eval", "reward score",
+    assert NAMES == ["data build", "data generate", "data verify", "data publish", "data push", "data import",
+                     "data inspect", "data prompts", "data perturb", "reward train", "reward eval", "reward score",
                      "rl train", "rl sample", "bench indomain", "report", "all", "quickstart", "doctor"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_has_its_function(name: str) -> None:
-    from spatialt2i import build
-    assert callable(getattr(build, next(s for s in cli.STAGES if s.name == name).target))
+    from spatialt2i.build import stages
+    assert callable(getattr(stages, next(s for s in cli.STAGES if s.name == name).target))
 
 
 @pytest.mark.parametrize("stage", cli.STAGES, ids=lambda s: s.name)
@@ -55,7 +56,8 @@ def test_help_names_every_field_with_default_and_meaning(stage: cli.Stage) -> No
     result = spatialt2i(*stage.name.split(), "--help")
     assert result.exit_code == 0 and stage.help.split()[0] in result.output
     assert all(option in result.output for option in ("--preset", "--run", "--json", "--debug"))
-    starts_work = stage.name not in ("data prompts", "data perturb", "reward score", "rl sample", "doctor")
+    starts_work = stage.name not in (
+        "data push", "data inspect", "data prompts", "data perturb", "reward score", "rl sample", "doctor")
     assert ("--if-exists" in result.output) == starts_work
     for row in describe(Config(), stage.sections):
         assert f"  {row.key} = {row.value}\n" in result.output

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from spatialt2i import build
-from spatialt2i.build import SHIPPED, WEIGHTS
+from spatialt2i.build import stages
+from spatialt2i.build.parts import SHIPPED, WEIGHTS
 from spatialt2i.core.config import load_config
 from spatialt2i.core.run import RunDir
 from spatialt2i.rl.policy import PromptError
@@ -127,7 +127,7 @@ def test_a_prompt_that_the_encoders_cannot_take_stops_before_training(settings, 
     run = RunDir.open(tmp_path, config)
     run.finish("reward", key="", counts={}, seconds=0, peak_mb=0)
     with pytest.raises(PromptError, match=f"prompt '{name}' has .* expected at most rl.max_text_tokens = 16"):
-        build.rl_train(config, run)
+        stages.rl_train(config, run)
 
 
 def test_finished_stages_are_not_done_again(calm):

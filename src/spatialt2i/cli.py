@@ -24,7 +24,7 @@ class Stage:
 
     Attributes:
         name: what is typed, ``"data build"``.
-        target: the function of `spatialt2i.build` behind it; it gets config, run and ``options``, and returns figures.
+        target: the function of `spatialt2i.build.stages` behind it, from config, run and ``options`` to figures.
         help: one sentence.
         sections: of the config, shown by ``--help``.
         folders: (or files) in the run; what ``--if-exists`` looks at. Empty: the whole run.
@@ -84,6 +84,22 @@ PROMPT_OPTIONS = (
 PERTURB_OPTIONS = (
     click.Option(["--prompts"], type=click.Path(path_type=Path, exists=True), required=True,
                  help="A file that `data prompts` wrote."), WRITER, SEED, BUDGET, OUT)
+PUBLISH_OPTIONS = (click.Option(["--webdataset"], is_flag=True, help="Also as tar files for WebDataset."),)
+PUSH_OPTIONS = (
+    click.Option(["--repo"], required=True, help="NAME/DATASET; made where there is none."),
+    click.Option(["--private"], is_flag=True, help="Make it private."))
+IMPORT_OPTIONS = (
+    click.Option(["--from", "format"], type=click.Choice(["pick-a-pic", "hpsv3"]), required=True, help="The format."),
+    click.Option(["--source"], type=click.Path(path_type=Path, exists=True), required=True,
+                 help="A parquet file or a folder of them (pick-a-pic), a JSON file beside its pictures (hpsv3)."))
+INSPECT_OPTIONS = (
+    click.Option(["--dataset"], type=click.Path(path_type=Path, exists=True), help="A dataset's folder, for --run."),
+    click.Option(["--split"], type=click.Choice(["train", "validation", "test"]), default="train", show_default=True),
+    click.Option(["--count"], type=click.IntRange(1), default=60, show_default=True, help="At most so many pairs."),
+    click.Option(["--predicate"], help='Only pairs with an edit of it, such as "left of".'),
+    click.Option(["--edit"], help="Only pairs with such an edit: flip, swap, move or depth."),
+    click.Option(["--out"], type=click.Path(path_type=Path), help="The HTML file; default: pairs.html in the folder."),
+    click.Option(["--open", "show"], is_flag=True, help="Open it in a browser."), SEED)
 REPORT_OPTIONS = (
     click.Option(["--beside"], type=click.Path(path_type=Path), multiple=True, metavar="DIR",
                  help="Another run: its reward curve and update times beside this run's, in RUN/compare.html."),
@@ -91,6 +107,16 @@ REPORT_OPTIONS = (
 STAGES = (
     Stage("data build", "data_build", "Write prompts and perturbed prompts, draw both, keep what is verified.",
           ("data",), ("data",)),
+    Stage("data generate", "data_generate", "data build, up to the pictures.", ("data",), ("data",)),
+    Stage("data verify", "data_verify", "data build, up to the verdicts.", ("data",), ("data",)),
+    Stage("data publish", "data_publish", "data build; of what is judged it only makes the dataset, by data.keep.",
+          ("data",), ("data",), options=PUBLISH_OPTIONS),
+    Stage("data push", "data_push", "Upload the dataset of a run to the Hugging Face hub.", (), makes_run=False,
+          options=PUSH_OPTIONS),
+    Stage("data import", "data_import", "Preferences of others instead of data build.", ("data",), ("data",),
+          options=IMPORT_OPTIONS),
+    Stage("data inspect", "data_inspect", "A page of pairs to leaf through, with the edited words marked.", (),
+          makes_run=False, options=INSPECT_OPTIONS),
     Stage("data prompts", "data_prompts", "Write prompts alone, to a file of JSON lines.", ("data",), preset="paper",
           makes_run=False, options=PROMPT_OPTIONS),
     Stage("data perturb", "data_perturb", "Change relations of each prompt of a file.", ("data",), preset="paper",
@@ -192,11 +218,11 @@ def _run_command(stage: Stage, given: dict[str, Any]) -> None:
 
 
 def _card(run: RunDir) -> str:
-    return importlib.import_module("spatialt2i.build").report_card(run)
+    return importlib.import_module("spatialt2i.build.stages").report_card(run)
 
 
 def _function(stage: Stage) -> Callable[..., dict[str, Any]]:
-    return getattr(importlib.import_module("spatialt2i.build"), stage.target)
+    return getattr(importlib.import_module("spatialt2i.build.stages"), stage.target)
 
 
 def _message(error: Exception) -> str:

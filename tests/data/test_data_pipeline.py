@@ -25,7 +25,7 @@ from spatialt2i.core.config import DataConfig
 from spatialt2i.core.run import DiskFull
 from spatialt2i.core.store import read_jsonl, read_preferences
 from spatialt2i.core.types import Preference, Prompt, Relation, Verdict
-from spatialt2i.data import engines
+from spatialt2i.data import pipeline
 from spatialt2i.data.dataset import SPLITS, plan
 from spatialt2i.data.pipeline import build_dataset
 from spatialt2i.data.stages import outcome, perturb_prompts, write_prompts
@@ -36,6 +36,18 @@ SRC = Path(__file__).resolve().parents[2] / "src"
 
 def build(folder: Path, config: DataConfig = CONFIG, **options: Any) -> dict[str, Any]:
     return build_dataset(config=config, seed=SEED, folder=folder, parts=options.pop("parts", parts()), **options)
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What is worked on from now on."""
+    made: list[tuple[str, int]] = []
+    for phase in ("draw", "judge"):
+        def work(shard: Any, parts: Any, phase: str = phase, real: Any = getattr(pipeline, f"{phase}_shard")) -> Any:
+            made.append((phase, shard.number))
+            return real(shard, parts)
+
+        monkeypatch.setattr(pipeline, f"{phase}_shard", work)
+    return made
 
 
 def rows(folder: Path, split: str) -> list[Preference]:
@@ -74,7 +86,8 @@ def test_kept_pairs_satisfy_their_own_prompts_and_not_each_others(pairs: dict[st
         edited = {e.index for e in pair.pair.edits}
         for verdict in crossed:
             assert {i for i, holds in enumerate(verdict.relations) if not holds} == edited
-        assert [v.overall for v in pair.verdicts] == [True, True] and [d.generator for d in pair.drawn] == ["tiny-painter"] * 2
+        assert [v.overall for v in pair.verdicts] == [True, True]
+        assert [d.generator for d in pair.drawn] == ["tiny-painter"] * 2
 
 
 def test_no_two_splits_share_a_text_a_scene_or_relations(pairs: dict[str, list[Preference]]) -> None:
@@ -188,20 +201,22 @@ def test_equal_bytes_whatever_was_killed_and_resumed(built, tmp_path: Path) -> N
 
 
 def test_a_finished_dataset_is_not_computed_again(built, monkeypatch) -> None:
-    monkeypatch.setattr(engines, "make_shard", None)
+    monkeypatch.setattr(pipeline, "draw_shard", None)
+    monkeypatch.setattr(pipeline, "judge_shard", None)
     assert build(built[0]) == built[1]
 
 
-@pytest.mark.parametrize("name", ["drawn/00002.jsonl", "verdicts/00001.jsonl", "shards/00003.json"])
+@pytest.mark.parametrize("name", [
+    "drawn/00002.jsonl", "verdicts/00001.jsonl", "shards/00003-drawn.json", "shards/00004-judged.json"])
 def test_a_damaged_shard_is_noticed_and_made_again(name: str, built, caplog, monkeypatch) -> None:
     folder, before = built[0], parquet_sums(built[0])
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 0xFF
     (folder / name).write_bytes(data)
-    made, original = [], engines.make_shard
-    monkeypatch.setattr(engines, "make_shard", lambda shard, parts: made.append(shard.number) or original(shard, parts))
+    made = watch(monkeypatch)
     build(folder)
-    assert made == [int(name[-9:].split(".")[0].split("/")[-1])] and "damaged" in caplog.text
+    assert made == [("draw" if "drawn" in name else "judge", int(name.split("/")[1][:5]))]
+    assert "damaged" in caplog.text
     assert parquet_sums(folder) == before
 
 
@@ -223,10 +238,9 @@ def test_other_settings_make_other_pairs_and_leave_no_old_file(built, tmp_path: 
 
 def test_more_pairs_use_the_shards_that_are_there(tmp_path: Path, monkeypatch) -> None:
     build(tmp_path, dataclasses.replace(CONFIG, pairs=30))
-    made, original = [], engines.make_shard
-    monkeypatch.setattr(engines, "make_shard", lambda shard, parts: made.append(shard.number) or original(shard, parts))
+    made = watch(monkeypatch)
     build(tmp_path, dataclasses.replace(CONFIG, pairs=45))
-    assert made == [2]
+    assert made == [("draw", 2), ("judge", 2)]
 
 
 # ---- trouble
@@ -243,7 +257,7 @@ def test_a_full_disk_is_named_and_finished_work_kept(built, tmp_path: Path, monk
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DiskFull, match="the disk is full; free some space and run the same command again"):
         build(tmp_path)
-    assert len(list(tmp_path.glob("shards/*.json"))) == 2 and not list(tmp_path.rglob("*.tmp"))
+    assert len(list(tmp_path.glob("shards/*.json"))) == 3 and not list(tmp_path.rglob("*.tmp"))
     monkeypatch.setattr(os, "fsync", sync)
     build(tmp_path)
     assert parquet_sums(tmp_path) == parquet_sums(built[0])

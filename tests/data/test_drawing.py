@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fake_llm import Answer, FakeLLM, fake_llm
 
-from spatialt2i import build
+from spatialt2i.build import parts, stages
 from spatialt2i.core.config import Config, ConfigError, load_config
 from spatialt2i.core.run import RunDir
 from spatialt2i.core.store import read_jsonl, read_preferences
@@ -27,7 +27,7 @@ def config(generator: Path | str, pairs: int) -> Config:
 
 
 def built(settings: Config, folder: Path) -> dict[str, Any]:
-    return build.data_build(settings, RunDir.open(folder, settings))
+    return stages.data_build(settings, RunDir.open(folder, settings))
 
 
 def kept(folder: Path) -> list[Any]:
@@ -36,7 +36,7 @@ def kept(folder: Path) -> list[Any]:
 
 def test_a_pipeline_draws_a_dataset(tmp_path: Path) -> None:
     settings = tmp_path / "small.flux.toml"
-    settings.write_text(f'model = "{build.WEIGHTS / "tiny-flux"}"\ndtype = "float32"\nwidth = 64\nheight = 64\n'
+    settings.write_text(f'model = "{parts.WEIGHTS / "tiny-flux"}"\ndtype = "float32"\nwidth = 64\nheight = 64\n'
                         'steps = 8\ntokenizer = "tokenizer_2"\nmax_text_tokens = 40\n')
     found = built(config(settings, 12), tmp_path / "run")
     rows = kept(tmp_path / "run")
@@ -48,7 +48,8 @@ def test_a_pipeline_draws_a_dataset(tmp_path: Path) -> None:
     settings.write_text(settings.read_text().replace("steps = 8", "steps = 1"))
     again = built(config(settings, 12), tmp_path / "run")
     drawn = [row for path in (tmp_path / "run" / "data" / "drawn").glob("*") for row in read_jsonl(path)]
-    assert again["sha256"] != found["sha256"] and {p["by"]["settings"]["steps"] for r in drawn for p in r["pictures"]} == {1}
+    assert again["sha256"] != found["sha256"]
+    assert {picture["by"]["settings"]["steps"] for row in drawn for picture in row["pictures"]} == {1}
 
 
 @pytest.fixture

@@ -47,15 +47,24 @@ def make_run(path: Path, stages: tuple[str, ...] = STAGES, *, seed: int = 3) -> 
     return run
 
 
-def _data(run: RunDir) -> dict[str, Any]:
+def preferences(n: int) -> list[Preference]:
+    """Pairs with a flip; from the fourth on some with a move."""
     verdict = Verdict(True, (True, True), (True, True), True, "judge", {})
+    edge = Relation("at the left edge", CENTRE.subject)
     pairs = []
-    for i in range(3):
-        perturbed = Prompt(f"p{i}*", prompt(i).text.replace("left of", "right of"), "table", (RIGHT, CENTRE))
-        pair = Pair(prompt(i), perturbed, (Edit("flip", 0, LEFT, RIGHT),))
+    for i in range(n):
+        moved = i > 2 and i % 2
+        text = prompt(i).text
+        text = text.replace("in the centre", "at the left edge") if moved else text.replace("left of", "right of")
+        perturbed = Prompt(f"p{i}*", text, "table", (LEFT, edge) if moved else (RIGHT, CENTRE))
+        pair = Pair(prompt(i), perturbed, (Edit("move", 1, CENTRE, edge) if moved else Edit("flip", 0, LEFT, RIGHT),))
         pairs.append(Preference(pair, png(i), png(i + 50), (Drawn("painter", i),) * 2, (verdict, verdict)))
+    return pairs
+
+
+def _data(run: RunDir) -> dict[str, Any]:
     run.stage("data")
-    write_preferences(run.path / "data" / "data" / "test-00000-of-00001.parquet", pairs)
+    write_preferences(run.path / "data" / "data" / "test-00000-of-00001.parquet", preferences(3))
     write_json(run.path / "data" / "statistics.json", {
         "pairs": 3, "scenes": {"table": 2, "<b>lawn</b>": 1}, "words": {"red": 3, "left": 3}, "dependent_edits": 0,
         "predicates": {"left of": 3}, "edits": {"flip": 3}, "perturbations": {"1": 3},

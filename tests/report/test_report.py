@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from report_parts import EVIL, STAGES, make_run, png
-from spatialt2i import build
+from spatialt2i.build import stages
 from spatialt2i.core.run import RunDir
 from spatialt2i.core.store import CorruptData
 from spatialt2i.report import curves, dataset, figures, gallery, pictures, plots
@@ -292,10 +292,10 @@ def test_runs_are_compared_on_one_page(tmp_path: Path, run: RunDir) -> None:
 
 def test_the_stage_compares_on_request_and_has_a_card(tmp_path: Path) -> None:
     run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", ("rl",))
-    assert "compare" not in build.report(run.config, run) and not (run.path / "compare.html").exists()
-    assert build.report(run.config, run, beside=[other.path])["compare"].keys() == {"a", "b"}
+    assert "compare" not in stages.report(run.config, run) and not (run.path / "compare.html").exists()
+    assert stages.report(run.config, run, beside=[other.path])["compare"].keys() == {"a", "b"}
     assert "compare" not in json.loads((run.path / "report.json").read_text()) and (run.path / "compare.html").exists()
-    assert build.report_card(run).endswith(f"  {run.path}/report.html\n")
+    assert stages.report_card(run).endswith(f"  {run.path}/report.html\n")
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, run: RunDir) -> None:

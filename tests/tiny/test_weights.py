@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, FluxPipeline
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from spatialt2i.build import SHIPPED, WEIGHTS
+from spatialt2i.build.parts import SHIPPED, WEIGHTS
 from spatialt2i.tiny.grammar import TinyWriter
 from spatialt2i.tiny.oracle import TinyOracle
 from spatialt2i.tiny.painter import TinyPainter

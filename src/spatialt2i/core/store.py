@@ -121,7 +121,7 @@ def read_preferences(paths: Iterable[str | Path]) -> Iterator[Preference]:
         number = 0
         for batch in _batches(Path(path)):
             for row in batch.to_pylist():
-                yield _from_columns(row, f"{path}, row {number}")
+                yield preference_of(row, f"{path}, row {number}")
                 number += 1
 
 
@@ -154,7 +154,12 @@ def _to_columns(row: Preference) -> dict[str, Any]:
     }
 
 
-def _from_columns(row: dict[str, Any], where: str) -> Preference:
+def preference_of(row: dict[str, Any], where: str) -> Preference:
+    """A row of a shard. where: how an error names it.
+
+    Raises:
+        CorruptData: a column does not hold what it should, or an image cannot be decoded.
+    """
     try:
         def prompt(id: str, text: str, relations: str) -> Prompt:
             return Prompt(id, text, row["scene"], tuple(Relation.from_json(r) for r in json.loads(relations)))

@@ -136,7 +136,7 @@ class Pair:
 
     @property
     def n_perturbations(self) -> int:
-        """How many edits were asked for; dependent ones do not count (the paper's "1" and "2-3")."""
+        """How many edits were asked for; dependent ones do not count (the paper's "1" and "2-3"); 0 in others' sets."""
         return sum(not e.dependent for e in self.edits)
 
     def to_json(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class Drawn:
     """How a picture came about.
 
     Attributes:
-        generator: who drew it. seed: its seed.
+        generator: who drew it. seed: its seed; -1 where it is not known.
         settings: what the generator's pictures depend on besides prompt and seed, JSON-able.
     """
 
@@ -222,8 +222,15 @@ class Preference:
     def swap(self) -> Preference:
         """The same two images seen from the perturbed prompt: chosen and rejected change places.
 
-        Valid because each image satisfies its own prompt, and every edit breaks the other's.
+        Valid because each image satisfies its own prompt, and every edit breaks the other's; so a pair without edits,
+        from a set of others, has no such view.
+
+        Raises:
+            ValueError: there are no edits.
         """
+        if not self.pair.edits:
+            raise ValueError(f"pair {self.prompt.id} has no edits, so its rejected image is right under no prompt")
+
         def back(e: Edit) -> Edit:
             return dataclasses.replace(e, before=e.after, after=e.before)
 

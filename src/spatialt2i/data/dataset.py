@@ -50,12 +50,13 @@ def plan(shards: Sequence[Sequence[Sequence[int] | None]], *, config: DataConfig
                    "text written before" if perfect in seen else None)
             dropped.update([why] if why else [])
             seen.add(perfect)
-            splits[-1].append(None if why else _split(scene, config))
+            splits[-1].append(None if why else split_of(scene, config))
     return splits, dropped
 
 
-def _split(scene: int, config: DataConfig) -> str:
-    at = scene / _SPAN
+def split_of(key: int, config: DataConfig) -> str:
+    """The split of whatever has that hash."""
+    at = key / _SPAN
     return "test" if at < config.test else "validation" if at < config.test + config.validation else "train"
 
 
@@ -111,13 +112,26 @@ def rows_of(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
 
 
-def write_card(folder: Path, *, counts: dict[str, int], statistics: dict[str, Any]) -> None:
-    """Write ``README.md``, the dataset card; its header tells `datasets` where the splits are."""
+OURS = """Each row is a prompt with spatial relations, an image that follows it (`chosen`), and an image of the same
+prompt after one to three of its relations were changed (`rejected`). Scores are for `prompt`."""
+
+
+def write_card(folder: Path, *, counts: dict[str, int], statistics: dict[str, Any], about: str = OURS) -> None:
+    """Write ``README.md``, the dataset card; its header tells `datasets` where the splits are.
+
+    Args:
+        folder: of the dataset. counts: of the splits. statistics: of `describe`, with the ``funnel``.
+        about: what a row is.
+    """
+    drawn = statistics["generators"]
+    free = drawn and all(by["license"] == "Apache-2.0" for by in drawn.values())
+    generators = "\n".join(f"| {name} | {by['pictures']} | {by['license'] or 'not known'} |"
+                           for name, by in drawn.items())
     files = "\n".join(f"  - split: {name}\n    path: data/{name}-*.parquet" for name in SPLITS if counts[name])
     rows = "\n".join(f"| {name} | {counts[name]} |" for name in SPLITS)
     funnel = "\n".join(f"| {name} | {n} |" for name, n in statistics["funnel"].items())
     write_atomic(folder / "README.md", f"""---
-license: apache-2.0
+license: {"apache-2.0" if free else "other"}
 task_categories:
 - text-to-image
 size_categories:
@@ -129,9 +143,7 @@ configs:
 ---
 # Spatial preference pairs
 
-Each row is a prompt with spatial relations, an image that follows it (`chosen`), and an image of the same prompt after
-one to three of its relations were changed (`rejected`). Both images were verified under their own prompts, and neither
-satisfies the other's. Scores are for `prompt`.
+{about}
 
 | column | meaning |
 |---|---|
@@ -151,6 +163,10 @@ satisfies the other's. Scores are for `prompt`.
 {rows}
 
 No two splits share a place together with its objects, so they share no text and no list of relations either.
+
+| who drew | pictures | licence of the pictures |
+|---|---|---|
+{generators}
 
 | step | pairs |
 |---|---|

@@ -1,4 +1,4 @@
-"""Where shards are made: here, in processes, or on a cluster. Each yields them with their manifests, as they finish."""
+"""Where shards are worked on: here, in processes, or on a cluster. Each yields them as they are done."""
 
 from __future__ import annotations
 
@@ -6,31 +6,35 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from typing import Any
 
 from spatialt2i.core.device import cpu_count
-from spatialt2i.core.run import RunError
-from spatialt2i.data.shard import Parts, Shard, make_shard, stored
+from spatialt2i.data.shard import Parts, Shard
+
+Work = Callable[[Shard, Parts], Any]
 
 
-def in_processes(shards: Sequence[Shard], workers: int, parts: Parts) -> Iterator[tuple[Shard, dict[str, Any]]]:
+def in_processes(shards: Sequence[Shard], workers: int, parts: Parts,
+                 work: Work) -> Iterator[Shard]:
     """In processes of this machine, as many as it has cores where ``workers`` is 0."""
     workers = workers or cpu_count()
     if min(workers, len(shards)) <= 1:
         for shard in shards:
-            yield shard, make_shard(shard, parts)
+            work(shard, parts)
+            yield shard
         return
     context = multiprocessing.get_context("spawn")
     life, ours = context.Pipe(duplex=False)  # closed when this process ends, however it does: then the workers end too
     pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=context, initializer=_prepare,
                                initargs=(life, parts))
     try:
-        waiting = {pool.submit(_make_shard, shard): shard for shard in shards}
+        waiting = {pool.submit(_with_own_parts, work, shard): shard for shard in shards}
         for future in as_completed(waiting):
-            yield waiting[future], future.result()
+            future.result()
+            yield waiting[future]
         pool.shutdown()
     finally:
         ours.close()
@@ -41,8 +45,8 @@ def in_processes(shards: Sequence[Shard], workers: int, parts: Parts) -> Iterato
 _OWN: list[Parts] = []  # of a worker process
 
 
-def _make_shard(shard: Shard) -> dict[str, Any]:
-    return make_shard(shard, _OWN[0])
+def _with_own_parts(work: Work, shard: Shard) -> None:
+    work(shard, _OWN[0])
 
 
 def _prepare(life: Connection, parts: Parts) -> None:
@@ -57,7 +61,7 @@ def _prepare(life: Connection, parts: Parts) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def on_ray(shards: Sequence[Shard], workers: int, parts: Parts) -> Iterator[tuple[Shard, dict[str, Any]]]:
+def on_ray(shards: Sequence[Shard], workers: int, parts: Parts, work: Work) -> Iterator[Shard]:
     """With Ray Data, on the cluster that it is connected to or else on this machine.
 
     An actor has a GPU of its own where the cluster has any, else a core; there are as many as that allows where
@@ -71,7 +75,7 @@ def on_ray(shards: Sequence[Shard], workers: int, parts: Parts) -> Iterator[tupl
 
         def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
             for i in batch["i"]:
-                make_shard(shards[i], self._parts)
+                work(shards[i], self._parts)
             return batch
 
     if not shards:
@@ -85,9 +89,4 @@ def on_ray(shards: Sequence[Shard], workers: int, parts: Parts) -> Iterator[tupl
     done = todo.map_batches(Worker, batch_size=1, concurrency=min(workers or int(total[kind]), len(shards)),
                             num_gpus=1 if kind == "GPU" else None, num_cpus=1)
     for row in done.iter_rows():
-        shard = shards[row["i"]]
-        manifest = stored(shard)
-        if manifest is None:
-            raise RunError(f"{shard.manifest}: a worker has made it, and it is not here; all machines of the cluster "
-                           "must have the run's folder under the same path")
-        yield shard, manifest
+        yield shards[row["i"]]

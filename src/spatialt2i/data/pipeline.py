@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from spatialt2i.core.config import DataConfig
-from spatialt2i.core.run import json_text, lasting, progress, seed_of, write_json
+from spatialt2i.core.run import RunError, json_text, lasting, progress, seed_of, write_json
 from spatialt2i.core.store import CorruptData
-from spatialt2i.data.dataset import SPLITS, assemble, plan, rows_of, write_card
-from spatialt2i.data.engines import in_processes, on_ray
-from spatialt2i.data.shard import Parts, Shard, pictures_whole, stored, text_key
+from spatialt2i.data.dataset import OURS, SPLITS, assemble, plan, rows_of, write_card
+from spatialt2i.data.engines import Work, in_processes, on_ray
+from spatialt2i.data.shard import PHASES, Parts, Shard, draw_shard, judge_shard, pictures_whole, stored, text_key
 from spatialt2i.data.stages import EDITS_DROPPED, KEPT, PROMPT_DROPPED, UNPERTURBED, outcome
 from spatialt2i.data.stats import COLUMNS, describe
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def build_dataset(*, config: DataConfig, seed: int, folder: Path, parts: Parts, exclude: frozenset[str] = frozenset(),
-                  settings_of: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+                  settings_of: Mapping[str, str] = MappingProxyType({}), until: str = "published") -> dict[str, Any]:
     """Write, perturb, draw and judge ``config.pairs`` candidate pairs, and make a dataset of those that hold.
 
     Finished shards of an earlier call are used again where they are whole and were made with the same settings.
@@ -48,6 +48,7 @@ def build_dataset(*, config: DataConfig, seed: int, folder: Path, parts: Parts, 
         parts: makes the writer, the generators and the verifier; each process makes its own.
         exclude: texts that must not appear, those of evaluation sets.
         settings_of: what pictures and verdicts depend on besides ``config``, by who makes them; others are made again.
+        until: stop when all is ``"drawn"`` or ``"judged"``; only the counts are returned then.
 
     Returns:
         ``counts`` (candidates, what became of them, and the pairs of each split), ``statistics``, and ``sha256`` of
@@ -57,26 +58,43 @@ def build_dataset(*, config: DataConfig, seed: int, folder: Path, parts: Parts, 
         DiskFull: no space left; finished shards stay, and the same call goes on from there.
     """
     shards = _shards(config, seed, folder, settings_of)
-    manifests = _manifests(shards, config, parts)
+    drawn = _phase("drawn", draw_shard, shards, config, parts)
+    if until == "drawn":
+        return {"counts": _counts(drawn)}
+    judged = _phase("judged", judge_shard, shards, config, parts)
+    if until == "judged":
+        return {"counts": _counts(judged) + Counter(r for part in _outcomes(judged, config) for r in part if r)}
     try:
-        return _publish(shards, manifests, config=config, folder=folder, exclude=exclude)
+        return _publish(shards, judged, config=config, folder=folder, exclude=exclude)
     except CorruptData as error:
         log.warning("%s; it is made again", error)
         for shard in shards:
             if not pictures_whole(shard):
-                shard.manifest.unlink(missing_ok=True)
-        return _publish(shards, _manifests(shards, config, parts), config=config, folder=folder, exclude=exclude)
+                for phase in PHASES:
+                    shard.manifest(phase).unlink()
+        _phase("drawn", draw_shard, shards, config, parts)
+        judged = _phase("judged", judge_shard, shards, config, parts)
+        return _publish(shards, judged, config=config, folder=folder, exclude=exclude)
+
+
+def _counts(manifests: Sequence[dict[str, Any]]) -> Counter[str]:
+    return sum((Counter(m["counts"]) for m in manifests), Counter())
+
+
+def _outcomes(manifests: Sequence[dict[str, Any]], config: DataConfig) -> list[list[str]]:
+    """What became of each pair that was drawn, by ``config.keep``; "" for one that was not."""
+    return [[outcome(*facts, config.keep) if facts else "" for *_, facts in m["pairs"]] for m in manifests]
 
 
 def _publish(shards: Sequence[Shard], manifests: Sequence[dict[str, Any]], *, config: DataConfig, folder: Path,
              exclude: frozenset[str]) -> dict[str, Any]:
     """Make a dataset of the pairs that ``config.keep`` keeps."""
-    found = [[(row, row[3] if isinstance(row[3], str) else outcome(*row[3], config.keep)) for row in m["pairs"]]
-             for m in manifests]
-    splits, dropped = plan([[row[:3] if result == KEPT else None for row, result in part] for part in found],
+    found = _outcomes(manifests, config)
+    splits, dropped = plan([[row[:3] if result == KEPT else None for row, result in zip(m["pairs"], part, strict=True)]
+                            for m, part in zip(manifests, found, strict=True)],
                            config=config, exclude=frozenset(map(text_key, exclude)))
     sums = assemble(shards, splits, folder=folder / "data", rows=config.shard)
-    judged = sum((Counter(m["counts"]) for m in manifests), Counter(result for part in found for _, result in part))
+    judged = _counts(manifests) + Counter(result for part in found for result in part if result)
     sizes = Counter(name for part in splits for name in part if name)
     again = {name: n for name, n in sorted(judged.items()) if name.startswith(PROMPT_DROPPED)}
     lost = {name: n for name, n in sorted((judged + dropped).items()) if name != KEPT and name not in again}
@@ -86,7 +104,9 @@ def _publish(shards: Sequence[Shard], manifests: Sequence[dict[str, Any]], *, co
     statistics = describe(rows_of(folder / "data", COLUMNS))
     statistics["funnel"] = {name: n for name, n in counts.items() if name not in SPLITS}
     write_json(folder / "statistics.json", statistics)
-    write_card(folder, counts=counts, statistics=statistics)
+    write_card(folder, counts=counts, statistics=statistics, about=(
+        f"{OURS}\n\nA pair is kept where {config.verifier} says: {', '.join(config.keep)}. An image is right under its "
+        "own prompt; it differs where it is wrong under the other one."))
     return {"counts": counts, "statistics": statistics, "sha256": sums}
 
 
@@ -118,18 +138,21 @@ def _turns(config: DataConfig) -> Iterator[tuple[str, str]]:
         yield names[k], names[k if config.same_generator else (k + 1) % len(names)]
 
 
-def _manifests(shards: Sequence[Shard], config: DataConfig, parts: Parts) -> list[dict[str, Any]]:
-    """The manifests of all shards; those that are missing or damaged are computed now."""
-    found = {s.number: stored(s) for s in shards}
-    todo = [s for s in shards if found[s.number] is None]
-    damaged = [s.number for s in todo if s.manifest.exists()]
+def _phase(phase: str, work: Work, shards: Sequence[Shard], config: DataConfig, parts: Parts) -> list[dict[str, Any]]:
+    """The manifests of a phase of all shards, after those that lack it, or where it is damaged, were worked on."""
+    todo = [s for s in shards if stored(s, phase) is None]
+    damaged = [s.number for s in todo if s.manifest(phase).exists()]
     if damaged:
-        log.warning("%s: the shards %s are damaged or were made with other settings, and are made again",
-                    shards[0].folder, ", ".join(map(str, damaged)))
+        log.warning("%s: the shards %s are damaged or were %s with other settings, and are %s again",
+                    shards[0].folder, ", ".join(map(str, damaged)), phase, phase)
     todo.sort(key=lambda s: (s.drawn_by, s.number))  # a process changes its models as seldom as can be
-    with progress(sum(s.stop - s.start for s in shards), desc="pairs",
-                  initial=sum(s.stop - s.start for s in shards) - sum(s.stop - s.start for s in todo)) as bar:
-        for shard, manifest in {"local": in_processes, "ray": on_ray}[config.engine](todo, config.workers, parts):
-            found[shard.number] = manifest
+    left = sum(s.stop - s.start for s in todo)
+    with progress(config.pairs, desc=phase, initial=config.pairs - left) as bar:
+        for shard in {"local": in_processes, "ray": on_ray}[config.engine](todo, config.workers, parts, work):
             bar.update(shard.stop - shard.start)
-    return [found[s.number] for s in shards]
+    manifests = [stored(s, phase) for s in shards]
+    if None in manifests:
+        missing = shards[manifests.index(None)].manifest(phase)
+        raise RunError(f"{missing}: was made, and is not here or not whole; all machines of a cluster must have the "
+                       "run's folder under the same path, and nothing else may write there")
+    return manifests

@@ -25,6 +25,7 @@ from spatialt2i.data.images import ImageStore
 from spatialt2i.data.stages import NOT_DRAWN, PROMPT_DROPPED, draw_pairs, judge_pairs, perturb_prompts, write_prompts
 
 STEPS = ("prompts", "pairs", "drawn", "verdicts")  # a file of JSON lines each
+PHASES = {"drawn": STEPS[:3], "judged": STEPS}  # what must be there when a phase is over
 _BATCH = 32  # pairs drawn or judged at a time, which is what a killed process may lose
 
 
@@ -88,10 +89,13 @@ class Shard:
         """The file of one of `STEPS`."""
         return self.folder / step / f"{self.number:05d}.jsonl"
 
-    @property
-    def manifest(self) -> Path:
-        """The file that says that the others are complete; it is written last."""
-        return self.folder / "shards" / f"{self.number:05d}.json"
+    def manifest(self, phase: str) -> Path:
+        """The file that says that those of a phase are complete; it is written last."""
+        return self.folder / "shards" / f"{self.number:05d}-{phase}.json"
+
+    def made_from(self, phase: str) -> list[str]:
+        """What the files of a phase depend on."""
+        return list(self.identities[:2 if phase == "drawn" else 3])
 
     @property
     def images(self) -> ImageStore:
@@ -99,8 +103,8 @@ class Shard:
         return ImageStore(self.folder / "images", format=self.config.image_format)
 
 
-def make_shard(shard: Shard, parts: Parts) -> dict[str, Any]:
-    """Compute what a shard lacks, write its files, and return its manifest."""
+def draw_shard(shard: Shard, parts: Parts) -> dict[str, Any]:
+    """Write, perturb and draw the pairs of a shard, as far as that is not done, and return its manifest."""
     counts: Counter[str] = Counter()
     prompts, drops = write_prompts(parts.writer(), indices=range(shard.start, shard.stop), config=shard.config,
                                    seed=shard.seed)
@@ -112,28 +116,38 @@ def make_shard(shard: Shard, parts: Parts) -> dict[str, Any]:
     write_jsonl(shard.path("pairs"), [{"id": p.perfect.id, "perturbed": p.perturbed.to_json(),
                                        "edits": [e.to_json() for e in p.edits]} for p in pairs])
     drawn = _draw(shard, parts, pairs)
-    whole = [pair for pair in pairs if not _why(drawn[pair.perfect.id])]
-    judged = _judge(shard, parts, whole, drawn)
-    manifest = {
-        "identities": list(shard.identities), "counts": dict(sorted(counts.items())),
-        "sha256": {step: file_hash(shard.path(step)) for step in STEPS},
-        "pairs": [[scene_key(p.perfect), text_key(p.perfect.text), text_key(p.perturbed.text),
-                   _facts(drawn[p.perfect.id], judged.get(p.perfect.id))] for p in pairs],
-    }
-    write_json(shard.manifest, manifest)
+    counts.update(f"{NOT_DRAWN}: {why}" for row in drawn.values() if (why := _why(row)))
+    return _manifest(shard, "drawn", counts, {})
+
+
+def judge_shard(shard: Shard, parts: Parts) -> dict[str, Any]:
+    """Judge the pictures of a shard that is drawn, as far as that is not done, and return its manifest."""
+    parts.generators(())  # they may fill the memory
+    pairs, drawn = list(_pairs(shard)), {row["id"]: row for row in read_jsonl(shard.path("drawn"))}
+    judged = _judge(shard, parts, [pair for pair in pairs if not _why(drawn[pair.perfect.id])], drawn)
+    return _manifest(shard, "judged", Counter(read_json(shard.manifest("drawn"))["counts"]), {"pairs": [
+        [scene_key(p.perfect), text_key(p.perfect.text), text_key(p.perturbed.text), _facts(judged.get(p.perfect.id))]
+        for p in pairs]})
+
+
+def _manifest(shard: Shard, phase: str, counts: Counter[str], more: dict[str, Any]) -> dict[str, Any]:
+    """Write the file that says that a phase is complete."""
+    manifest = {"made_from": shard.made_from(phase), "counts": dict(sorted(counts.items())),
+                "sha256": {step: file_hash(shard.path(step)) for step in PHASES[phase]}, **more}
+    write_json(shard.manifest(phase), manifest)
     return manifest
 
 
-def stored(shard: Shard) -> dict[str, Any] | None:
-    """The manifest of a shard whose files are all there and whole, else None.
+def stored(shard: Shard, phase: str) -> dict[str, Any] | None:
+    """The manifest of a phase of a shard whose files are all there and whole, else None.
 
     Raises:
         OSError: a file cannot be read.
     """
     try:
-        manifest = read_json(shard.manifest)
-        whole = manifest["identities"] == list(shard.identities) and all(
-            file_hash(shard.path(step)) == manifest["sha256"][step] for step in STEPS)
+        manifest = read_json(shard.manifest(phase))
+        whole = manifest["made_from"] == shard.made_from(phase) and all(
+            file_hash(shard.path(step)) == manifest["sha256"][step] for step in PHASES[phase])
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing, cut off, or no manifest at all
         return None
     return manifest if whole else None
@@ -150,15 +164,18 @@ def preferences(shard: Shard, wanted: Sequence[bool]) -> Iterator[Preference]:
     Raises:
         CorruptData: a file is damaged, or a picture is damaged or missing.
     """
-    prompts = {row["id"]: Prompt.from_json(row) for row in read_jsonl(shard.path("prompts"))}
     drawn, judged = ({row["id"]: row for row in read_jsonl(shard.path(step))} for step in ("drawn", "verdicts"))
-    for row, want in zip(read_jsonl(shard.path("pairs")), wanted, strict=True):
+    for pair, want in zip(_pairs(shard), wanted, strict=True):
         if want:
-            id = row["id"]
-            pair = Pair.from_json({**row, "perfect": prompts[id].to_json()})
-            chosen, rejected = (shard.images.read(p["image"]) for p in drawn[id]["pictures"])
-            yield Preference(pair, chosen, rejected, tuple(Drawn(**p["by"]) for p in drawn[id]["pictures"]),
-                             tuple(Verdict.from_json(v) for v in judged[id]["verdicts"]))
+            pictures, verdicts = drawn[pair.perfect.id]["pictures"], judged[pair.perfect.id]["verdicts"]
+            chosen, rejected = (shard.images.read(p["image"]) for p in pictures)
+            yield Preference(pair, chosen, rejected, tuple(Drawn(**p["by"]) for p in pictures),
+                             tuple(map(Verdict.from_json, verdicts)))
+
+
+def _pairs(shard: Shard) -> Iterator[Pair]:
+    prompts = {row["id"]: row for row in read_jsonl(shard.path("prompts"))}
+    return (Pair.from_json({**row, "perfect": prompts[row["id"]]}) for row in read_jsonl(shard.path("pairs")))
 
 
 def _draw(shard: Shard, parts: Parts, pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
@@ -222,11 +239,9 @@ def _readable(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _facts(drawn: dict[str, Any], judged: dict[str, Any] | None) -> Any:
-    """What decides whether a pair is kept: why it was not drawn, or what was judged."""
-    if judged is None:
-        return f"{NOT_DRAWN}: {_why(drawn)}"
-    return [[v["overall"] for v in judged["verdicts"]], list(judged["under_the_other"])]
+def _facts(judged: dict[str, Any] | None) -> list[list[bool | None]] | None:
+    """What decides whether a pair is kept; None where it was not drawn."""
+    return judged and [[v["overall"] for v in judged["verdicts"]], list(judged["under_the_other"])]
 
 
 def _why(drawn: dict[str, Any]) -> str:

@@ -77,7 +77,7 @@ def over_steps(run: RunDir) -> list[dict[str, Any]]:
 def preference_pairs(run: RunDir) -> list[dict[str, Any]]:
     """The first pairs of the test split, with what differs between the two prompts; empty where there are none."""
     shards = sorted((run.path / "data").rglob("test-*.parquet"))
-    return [_pair(pair) for pair in itertools.islice(read_preferences(shards), PAIRS)]
+    return [show_pair(pair) for pair in itertools.islice(read_preferences(shards), PAIRS)]
 
 
 def in_words(relation: Relation) -> str:
@@ -105,7 +105,8 @@ def _reasons(model: str, prompt: Prompt, verdict: Verdict) -> list[str]:
     return reasons + ([f"{model}, not asked for: {', '.join(unasked)}"] if unasked else [])
 
 
-def _pair(row: Preference) -> dict[str, Any]:
+def show_pair(row: Preference) -> dict[str, Any]:
+    """A pair with both pictures, what differs between its prompts, and its edits."""
     perfect, perturbed = row.pair.perfect, row.pair.perturbed
     pieces = changed_words(perfect.text, perturbed.text)
     return {"edits": [_edit(edit) for edit in row.pair.edits],

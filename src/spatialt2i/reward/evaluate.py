@@ -45,7 +45,8 @@ def pairwise_accuracy(*, scorer: Scorer, pairs: Iterable[Preference]) -> dict[st
             ties += int(margin == 0)
             edits = [e for e in pair.pair.edits if not e.dependent]
             wins["", "overall"].append(win)
-            wins["", "one" if pair.pair.n_perturbations == 1 else "two_three"].append(win)
+            if n := pair.pair.n_perturbations:
+                wins["", "one" if n == 1 else "two_three"].append(win)
             for name in {e.before.predicate for e in edits}:
                 wins["predicates", name].append(win)
             for name in {e.kind for e in edits}:

@@ -187,7 +187,8 @@ def _inputs(model: SpatialScoreModel, pairs: Sequence[Preference], texts: Sequen
         pair, rng = pairs[i], np.random.default_rng(seed)
         name = f"pair {pair.prompt.id}"
         sides = (pair.chosen, f"{name}, chosen"), (pair.rejected, f"{name}, rejected")
-        image, text = decode(*sides[swap]), texts[i][swap]  # each image satisfies its own prompt: they change places
+        swap = swap and bool(pair.pair.edits)  # each image satisfies its own prompt, if there is another one
+        image, text = decode(*sides[swap]), texts[i][swap]
         chosen.append((image, text))
         if reject == "distorted":
             rejected.append((distort(image, rng), text))

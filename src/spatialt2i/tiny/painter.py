@@ -63,7 +63,7 @@ class TinyPainter:
 
     def __init__(self, *, wrong_layout: float = 0.1) -> None:
         self.wrong_layout = wrong_layout
-        self.settings = {"wrong_layout": wrong_layout}
+        self.settings = {"wrong_layout": wrong_layout, "license": "Apache-2.0"}
 
     def scene(self, *, prompt: Prompt, seed: int) -> Scene:
         """The layout that `generate` paints for this prompt and seed."""

@@ -1,26 +1,25 @@
-"""The composition root: the only file that knows every part. It turns a config into objects and runs the stages.
+"""The stages: each takes the config and the run, and returns its figures, JSON-able.
 
-Every stage function takes the config and the run and returns its figures, JSON-able. Rooms are imported inside the
-functions, so that a stage needs only its own extra.
+Rooms are imported inside the functions, so that a stage needs only its own extra.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shutil
+import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spatialt2i import __version__
+from spatialt2i.build import parts
 from spatialt2i.core.config import Config, load_config
-from spatialt2i.core.device import describe_machine, measured, pick_device, set_threads
+from spatialt2i.core.device import describe_machine, measured, pick_device
 from spatialt2i.core.run import (
     RunDir,
     RunError,
     atomic_path,
-    file_hash,
     json_text,
     lasting,
     progress,
@@ -31,33 +30,82 @@ from spatialt2i.core.run import (
 from spatialt2i.core.store import read_image, read_preferences
 from spatialt2i.core.types import Prompt
 
-if TYPE_CHECKING:
-    import torch
-
-    from spatialt2i.core.protocols import Generator, Policy, Scorer, Verifier, Writer
-    from spatialt2i.data.shard import Parts
-
-WEIGHTS = Path(__file__).parent / "tiny" / "weights"
-SHIPPED = ("tiny-flux", "tiny-qwen2.5-vl")
-
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 def data_build(config: Config, run: RunDir) -> dict[str, Any]:
     """Part 1: the dataset of verified pairs, under ``data/``."""
+    settings = _data_settings(config)
+    key = f"{seed_of(_key(config, 'data'), *settings.values()):016x}"
+    return _stage(run, "data", key, lambda: _build_data(config, run, settings), outputs=(
+        "data/data", "data/statistics.json"))
+
+
+def data_generate(config: Config, run: RunDir) -> dict[str, Any]:
+    """Part 1 up to the pictures."""
+    with measured(run.stage("data") / "cost.json"):  # `data_build` adds to it
+        return _build_data(config, run, _data_settings(config), until="drawn")
+
+
+def data_verify(config: Config, run: RunDir) -> dict[str, Any]:
+    """Part 1 up to the verdicts."""
+    with measured(run.stage("data") / "cost.json"):
+        return _build_data(config, run, _data_settings(config), until="judged")
+
+
+def _data_settings(config: Config) -> dict[str, str]:
+    return {name: parts.settings_of(config, name) for name in (*config.data.generators, config.data.verifier)}
+
+
+def _build_data(config: Config, run: RunDir, settings: dict[str, str], until: str = "published") -> dict[str, Any]:
     from spatialt2i.data.pipeline import build_dataset
-    settings = {name: _settings_of(config, name) for name in (*config.data.generators, config.data.verifier)}
     alone = config.data.engine == "local" and any(settings.values())  # one process, as it may hold a large model
     data = dataclasses.replace(config.data, workers=config.data.workers or int(alone))
+    return build_dataset(
+        config=data, seed=config.seed, folder=run.stage("data"), settings_of=settings, until=until,
+        parts=parts.data_parts(config, run.stage("data")),
+        exclude=frozenset(p.text for prompts in parts.bench_prompts(config).values() for p in prompts))
 
-    def work() -> dict[str, Any]:
-        return build_dataset(
-            config=data, seed=config.seed, folder=run.stage("data"), settings_of=settings,
-            parts=data_parts(config, run.stage("data")),
-            exclude=frozenset(p.text for prompts in bench_prompts(config).values() for p in prompts))
 
-    key = f"{seed_of(_key(config, 'data'), *settings.values()):016x}"
-    return _stage(run, "data", key, work, outputs=("data/data", "data/statistics.json"))
+def data_publish(config: Config, run: RunDir, *, webdataset: bool) -> dict[str, Any]:
+    """`data_build`; also as WebDataset shards, under ``data/webdataset/``."""
+    figures = data_build(config, run)
+    if webdataset:
+        from spatialt2i.data.sharing import write_webdataset
+        found = [path for split in ("train", "validation", "test") if figures["counts"][split]
+                 for path in shards(run, split)]
+        figures = {**figures, "webdataset": write_webdataset(found, run.path / "data" / "webdataset")}
+    return figures
+
+
+def data_push(config: Config, run: RunDir | None, *, repo: str, private: bool) -> dict[str, Any]:
+    """Upload the run's dataset to a hub."""
+    if run is None:
+        raise ValueError("which dataset? Give --run a run that has one")
+    _needs(run, "data", "data build")
+    from spatialt2i.data.sharing import push
+    return push(run.path / "data", repo, private=private)
+
+
+def data_import(config: Config, run: RunDir, *, source: Path, format: str) -> dict[str, Any]:
+    """Part 1 by others: their preferences, under ``data/``, for part 2."""
+    from spatialt2i.data.imports import import_preferences
+    return _stage(run, "data", f"{format} {source.resolve()}", lambda: import_preferences(
+        source, format=format, config=config.data, folder=run.stage("data")), outputs=("data/data",))
+
+
+def data_inspect(config: Config, run: RunDir | None, *, dataset: Path | None, split: str, count: int,
+                 predicate: str | None, edit: str | None, out: Path | None, show: bool) -> dict[str, Any]:
+    """A page of pairs of a run, or of any dataset's folder, to leaf through."""
+    from spatialt2i.report.inspect import write_inspection
+    if (run is None) == (dataset is None):
+        raise ValueError("which pairs? Give --run a run, or --dataset a folder with parquet files")
+    found = shards(run, split) if run else sorted(dataset.rglob(f"{split}-*.parquet"))
+    page = out or (run.path if run else dataset) / "pairs.html"
+    figures = write_inspection(found, page, count=count, seed=config.seed, predicate=predicate, edit=edit)
+    if show:
+        webbrowser.open(page.resolve().as_uri())
+    return figures
 
 
 def data_prompts(config: Config, run: RunDir | None, *, out: Path) -> dict[str, Any]:
@@ -79,8 +127,9 @@ def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
     from spatialt2i.reward.train import train
 
     def work() -> dict[str, Any]:
-        model = SpatialScoreModel.from_backbone(model_folder(config.reward.backbone), config=config.reward,
-                                                seed=seed_of(config.seed, "reward", "weights"), device=_device(config))
+        model = SpatialScoreModel.from_backbone(
+            parts.model_folder(config.reward.backbone), config=config.reward,
+            seed=seed_of(config.seed, "reward", "weights"), device=parts.device_of(config))
         return train(model=model, train_pairs=list(read_preferences(shards(run, "train"))),
                      validation_pairs=list(read_preferences(shards(run, "validation"))), config=config.reward,
                      seed=config.seed, run=run, data=run.digest("data"))
@@ -94,7 +143,7 @@ def reward_eval(config: Config, run: RunDir) -> dict[str, Any]:
     from spatialt2i.reward.evaluate import pairwise_accuracy
 
     def work() -> dict[str, Any]:
-        scorer, total = make_scorer(config, run), run.manifest("data")["counts"]["test"]
+        scorer, total = parts.make_scorer(config, run), run.manifest("data")["counts"]["test"]
         pairs = progress(read_preferences(shards(run, "test")), desc="reward eval", total=total)
         return pairwise_accuracy(scorer=scorer, pairs=pairs)
 
@@ -119,7 +168,7 @@ def reward_score(config: Config, run: RunDir | None, *, images: Sequence[Path], 
         _needs(run, "reward", "reward train")
     texts = list(prompts) * len(images) if len(prompts) == 1 else list(prompts)
     pictures = [read_image(path) for path in images]
-    scores = make_scorer(config, run, model, backbone).score(images=pictures, prompts=texts)
+    scores = parts.make_scorer(config, run, model, backbone).score(images=pictures, prompts=texts)
     return {"scores": [
         {"image": str(path), "prompt": text, "mean": float(scores.mean[i]),
          "std": None if scores.std is None else float(scores.std[i])}
@@ -132,15 +181,15 @@ def rl_train(config: Config, run: RunDir) -> dict[str, Any]:
     from spatialt2i.rl.train import train
 
     def work() -> dict[str, Any]:
-        sets = bench_prompts(config)
-        stream = training_prompts(config, avoid={p.text for prompts in sets.values() for p in prompts})
-        policy = make_policy(config)
+        sets = parts.bench_prompts(config)
+        stream = parts.training_prompts(config, avoid={p.text for prompts in sets.values() for p in prompts})
+        policy = parts.make_policy(config)
         for prompts in (*sets.values(), *map(stream, range(config.rl.steps))):
             for prompt in prompts:
                 policy.check(prompt)  # now, and not after hours of training
-        return train(policy=policy, scorer=make_scorer(config, run), prompts=stream, config=config.rl,
+        return train(policy=policy, scorer=parts.make_scorer(config, run), prompts=stream, config=config.rl,
                      seed=config.seed, run=run, gallery=sets["in_domain"][: config.rl.gallery_prompts],
-                     inputs=f"{_made(config.rl.model)} {run.digest('reward')}")
+                     inputs=f"{parts.made(config.rl.model)} {run.digest('reward')}")
 
     return _stage(run, "rl", _key(config, "rl"), work, inputs=("reward",), outputs=("rl/adapter",))
 
@@ -154,7 +203,7 @@ def rl_sample(config: Config, run: RunDir | None, *, prompts: Sequence[str], fir
         raise ValueError("where to? Give --out a folder, or --run a run")
     if not base:
         _needs(run, "rl", "rl train")
-    policy = make_policy(config, adapter=None if base else run.path / "rl" / "adapter")
+    policy = parts.make_policy(config, adapter=None if base else run.path / "rl" / "adapter")
     wanted = [(Prompt(f"cli-{i}", t, "", ()), first_seed + j) for i, t in enumerate(prompts) for j in range(count)]
     folder = out or run.path / "samples"
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,14 +227,15 @@ def bench_indomain(config: Config, run: RunDir) -> dict[str, Any]:
     from spatialt2i.bench.indomain import compare
     from spatialt2i.rl.policy import DRAWING
     adapter = run.path / "rl" / "adapter"
-    base = f"{_made(config.rl.model)} {json_text({name: getattr(config.rl, name) for name in DRAWING})}"
+    base = f"{parts.made(config.rl.model)} {json_text({name: getattr(config.rl, name) for name in DRAWING})}"
 
     def work() -> dict[str, Any]:
         return compare(
-            generators={"base": lambda: make_policy(config), "tuned": lambda: make_policy(config, adapter=adapter)},
+            generators={"base": lambda: parts.make_policy(config),
+                        "tuned": lambda: parts.make_policy(config, adapter=adapter)},
             identities={"base": base, "tuned": f"{base} {tree_hash(adapter)}"},
-            verifier=make_verifier(config, run.stage("eval")), scorer=make_scorer(config, run),
-            prompts=bench_prompts(config), config=config.bench, seed=config.seed, folder=run.stage("eval"))
+            verifier=parts.make_verifier(config, run.stage("eval")), scorer=parts.make_scorer(config, run),
+            prompts=parts.bench_prompts(config), config=config.bench, seed=config.seed, folder=run.stage("eval"))
 
     key = f"{seed_of(_key(config, 'bench'), base):016x}"
     return _stage(run, "bench", key, work, inputs=("reward", "rl"), outputs=("eval",))
@@ -225,8 +275,10 @@ def doctor(config: Config, run: RunDir | None) -> dict[str, Any]:
     """The machine, the packages, the shipped weights, and how far the run is."""
     found = {"spatialt2i": __version__, **describe_machine()}
     absent = "missing: needed by the presets tiny and quickstart; make tiny-weights"
-    sizes = {name: sum(f.stat().st_size for f in (WEIGHTS / name).rglob("*") if f.is_file()) for name in SHIPPED}
-    found["weights"] = {name: f"{size / 2**20:.1f} MB" if size else absent for name, size in sizes.items()}
+    found["weights"] = {}
+    for name in parts.SHIPPED:
+        size = sum(f.stat().st_size for f in (parts.WEIGHTS / name).rglob("*") if f.is_file())
+        found["weights"][name] = f"{size / 2**20:.1f} MB" if size else absent
     found["disk_free_gb"] = round(shutil.disk_usage(run.path if run else Path.cwd()).free / 2**30, 1)
     if "torch" not in found["missing"]:
         found["device"] = str(pick_device(config.device))
@@ -234,97 +286,6 @@ def doctor(config: Config, run: RunDir | None) -> dict[str, Any]:
         found["stages"] = {m["stage"]: f"finished in {m['seconds']:.0f} s, peak {m['peak_mb']:.0f} MB" for m in (
             run.manifest(path.parent.name) for path in sorted(run.path.glob("*/manifest.json")))}
     return found
-
-
-# ---- objects ---------------------------------------------------------------------------------------------------------
-
-def data_parts(config: Config, folder: Path) -> Parts:
-    """What part 1 needs; each of its processes makes its own. What endpoints replied is kept in ``folder``."""
-    from spatialt2i.data.shard import Parts
-    return Parts(
-        writer=functools.partial(make_writer, config, folder / "replies.sqlite"),
-        generators={n: functools.partial(make_generator, config, n, folder) for n in config.data.generators},
-        verifier=functools.partial(make_verifier, config, folder))
-
-
-def make_writer(config: Config, replies: Path | None = None) -> Writer:
-    """``data.writer``; the scene grammar stands in for a language model where its replies have no place to go."""
-    if config.data.writer == "llm" and replies:
-        from spatialt2i.data.endpoint import Endpoint
-        from spatialt2i.data.llm import LLMWriter
-        return LLMWriter(Endpoint(config.data.llm, replies), threads=config.data.llm.concurrency)
-    if config.data.writer in ("grammar", "llm"):
-        from spatialt2i.data.prompts import SceneWriter
-        return SceneWriter()
-    from spatialt2i.tiny.grammar import TinyWriter
-    return TinyWriter()
-
-
-def make_generator(config: Config, name: str, folder: Path) -> Generator:
-    """One of ``data.generators``, who draw the pairs; the pictures of an endpoint are kept in ``folder``."""
-    if name == "tiny-painter":
-        from spatialt2i.tiny.painter import TinyPainter
-        return TinyPainter(wrong_layout=config.data.wrong_layout)
-    from spatialt2i.data.generators import open_generator
-    return open_generator(name, folder=folder, format=config.data.image_format,
-                          device=functools.partial(_device, config))
-
-
-def make_verifier(config: Config, folder: Path) -> Verifier:
-    """``data.verifier``, who judges pairs, and pictures of the benchmark; what it replied is kept in ``folder``."""
-    if config.data.verifier == "tiny-oracle":
-        from spatialt2i.tiny.oracle import TinyOracle
-        return TinyOracle()
-    from spatialt2i.data.verifiers import open_verifier
-    return open_verifier(config.data.verifier, folder=folder)
-
-
-def make_scorer(config: Config, run: RunDir | None, model: str | None = None, backbone: str | None = None) -> Scorer:
-    """The run's SpatialScore, or the one of that folder or hub id, on the body that it names or on ``backbone``."""
-    from spatialt2i.reward.scorer import SpatialScore
-    if model is None:
-        model, backbone = str(run.path / "reward" / "model"), backbone or config.reward.backbone
-    return SpatialScore.from_pretrained(model, device=_device(config), batch=config.reward.score_batch,
-                                        backbone=model_folder(backbone) if backbone else None)
-
-
-def make_policy(config: Config, adapter: Path | None = None) -> Policy:
-    """``rl.model`` with a trained adapter, or with a fresh one, which changes nothing."""
-    from spatialt2i.rl.policy import FluxPolicy
-    located = dataclasses.replace(config.rl, model=model_folder(config.rl.model))
-    policy = FluxPolicy.from_pretrained(located, device=_device(config), seed=seed_of(config.seed, "rl", "adapter"))
-    policy.name = config.rl.model
-    if adapter is not None:
-        policy.load(adapter)
-    return policy
-
-
-def model_folder(name: str) -> str:
-    """Where a model is: the shipped folder for a shipped name, else the name itself (a folder or hub id).
-
-    Raises:
-        FileNotFoundError: the name is a shipped one, but its weights are not installed.
-    """
-    if name not in SHIPPED:
-        return name
-    if not (WEIGHTS / name).is_dir():
-        raise FileNotFoundError(f"the weights of {name} are not installed in {WEIGHTS / name}; make them with "
-                                "`make tiny-weights`")
-    return str(WEIGHTS / name)
-
-
-# ---- prompts ---------------------------------------------------------------------------------------------------------
-
-def bench_prompts(config: Config) -> dict[str, list[Prompt]]:
-    """The evaluation sets ``in_domain`` and ``hard``."""
-    from spatialt2i.data.sets import evaluation_sets
-    return evaluation_sets(make_writer(config), config=config.bench, seed=config.seed)
-
-
-def training_prompts(config: Config, *, avoid: set[str]) -> Callable[[int], list[Prompt]]:
-    """The prompts of an RL step, as a function of the step; none has a text in ``avoid``."""
-    from spatialt2i.data.sets import training_stream
-    return training_stream(make_writer(config), config=config.rl, seed=config.seed, avoid=avoid)
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
@@ -363,23 +324,8 @@ def _stage(run: RunDir, name: str, key: str, work: Callable[[], dict[str, Any]],
 def _key(config: Config, name: str) -> str:
     """Hash of what a stage is told: the seed, its section, and the shipped model that it uses."""
     models = {"reward": config.reward.backbone, "rl": config.rl.model}
-    made = [_made(models[name])] if name in models else []
+    made = [parts.made(models[name])] if name in models else []
     return f"{seed_of(config.seed, json_text(lasting(name, getattr(config, name))), *made):016x}"
-
-
-def _settings_of(config: Config, name: str) -> str:
-    """What pictures or verdicts depend on, where a file of settings says it."""
-    if name in ("tiny-painter", "tiny-oracle"):
-        return ""
-    from spatialt2i.data import generators, verifiers
-    if name == config.data.verifier:
-        return json_text(verifiers.read_verifier(name).judged_by())
-    return json_text(generators.read_generator(name).drawn_by())
-
-
-def _made(model: str) -> str:
-    """What changes when a shipped model is made again; the name of any other model."""
-    return file_hash(Path(model_folder(model), "manifest.json")) if model in SHIPPED else model
 
 
 def _needs(run: RunDir, stage: str, command: str) -> None:
@@ -390,10 +336,5 @@ def _needs(run: RunDir, stage: str, command: str) -> None:
 
 def _writing(config: Config, out: Path) -> dict[str, Any]:
     """What the writers of files are told; a model's replies are kept beside the file."""
-    writer = make_writer(config, out.with_suffix(".replies.sqlite"))
+    writer = parts.make_writer(config, out.with_suffix(".replies.sqlite"))
     return {"writer": writer, "config": config.data, "seed": config.seed, "path": out}
-
-
-def _device(config: Config) -> torch.device:
-    set_threads(config.threads)
-    return pick_device(config.device)

@@ -1,0 +1,141 @@
+"""Preference sets of others as preferences: they know which of two pictures people chose, and no relations.
+
+Formats: Pick-a-Pic's parquet files (arXiv 2305.01569) and HPSv3's JSON lists (arXiv 2508.03789).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from PIL import Image
+
+from spatialt2i.core.config import DataConfig
+from spatialt2i.core.run import progress, write_json
+from spatialt2i.core.store import CorruptData, write_preferences
+from spatialt2i.core.types import Drawn, Pair, Preference, Prompt, Verdict
+from spatialt2i.data.dataset import SPLITS, split_of, write_card
+from spatialt2i.data.shard import text_key
+from spatialt2i.data.stages import KEPT
+from spatialt2i.data.stats import describe
+
+_PICK = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
+NO_CHOICE = "no choice"  # a tie, or nobody was asked
+
+
+def import_preferences(source: Path, *, format: str, config: DataConfig, folder: Path) -> dict[str, Any]:
+    """Make a dataset of somebody's preferences; all pairs of a text go to one split.
+
+    Args:
+        source: a parquet file or a folder of them (Pick-a-Pic), a JSON file beside its pictures (HPSv3).
+        format: one of `FORMATS`. config: the shares of the splits, and pairs per file. folder: where it goes.
+
+    Returns:
+        ``counts`` (what was there, why some are left out, and the pairs of each split), and ``statistics``.
+
+    Raises:
+        ValueError: the source is of another format.
+        CorruptData: a picture cannot be read.
+        DiskFull: no space left.
+    """
+    waiting: dict[str, list[Preference]] = {name: [] for name in SPLITS}
+    files: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+
+    def write(name: str) -> None:
+        write_preferences(folder / "data" / f"{name}-{files[name]:05d}.parquet", waiting[name])
+        files[name] += 1
+        waiting[name].clear()
+
+    for old in (folder / "data").glob("*.parquet"):
+        old.unlink()
+    rows = []
+    for row in progress(FORMATS[format](source), desc=f"import {format}"):
+        counts["written"] += 1
+        if isinstance(row, str):
+            counts[row] += 1
+            continue
+        name = split_of(text_key(row.prompt.text), config)
+        counts.update([KEPT, name])
+        waiting[name].append(row)
+        rows.append({"prompt": row.prompt.text, "scene": "", "relations": "[]", "edits": "[]", "n_perturbations": 0,
+                     "drawn": json.dumps([asdict(drawn) for drawn in row.drawn])})
+        if len(waiting[name]) == config.shard:
+            write(name)
+    for name in SPLITS:
+        if waiting[name]:
+            write(name)
+    counts.update({name: 0 for name in (KEPT, *SPLITS)})
+    statistics = {**describe(rows), "funnel": {name: n for name, n in counts.items() if name not in SPLITS}}
+    write_json(folder / "statistics.json", statistics)
+    write_card(folder, counts=counts, statistics=statistics, about=(
+        f"Preferences of {format}: of two images of a prompt, people chose `chosen`. They know of no relations."))
+    return {"counts": dict(counts), "statistics": statistics}
+
+
+def pick_a_pic(source: Path) -> Iterator[Preference | str]:
+    """The rows of Pick-a-Pic's parquet files; why there is no preference where there is none."""
+    for path in sorted(source.glob("**/*.parquet")) if source.is_dir() else [source]:
+        with pq.ParquetFile(path) as file:
+            if missing := [name for name in _PICK if name not in file.schema_arrow.names]:
+                raise ValueError(f"{path}: not of Pick-a-Pic, the columns {', '.join(missing)} are missing")
+            number = 0
+            for batch in file.iter_batches(batch_size=64):
+                for row in batch.to_pylist():
+                    yield _picked(row, f"{path.stem}-{number}", f"{path}, row {number}")
+                    number += 1
+
+
+def _picked(row: dict[str, Any], id: str, where: str) -> Preference | str:
+    labels = row["label_0"], row["label_1"]
+    if not row.get("has_label", True) or set(labels) != {0.0, 1.0}:
+        return NO_CHOICE
+    best = labels.index(1.0)
+    sides = [(_whole(row[f"jpg_{i}"], f"{where}, jpg_{i}"), row.get(f"model_{i}") or "unknown")
+             for i in (best, 1 - best)]
+    return _preference(id, row["caption"], sides, "pick-a-pic", {})
+
+
+def hpsv3(source: Path) -> Iterator[Preference | str]:
+    """The rows of a JSON list of HPSv3, whose first picture is the one that people chose."""
+    try:
+        rows = json.loads(source.read_text(encoding="utf-8"))
+        read = [(row["prompt"], (row["path1"], row["path2"]), row) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source}: not of HPSv3 ({error!r}); expected a JSON list of objects with prompt, path1 and "
+                         "path2") from error
+    for number, (text, paths, row) in enumerate(read):
+        sides = []
+        for i, path in enumerate(paths, 1):
+            try:
+                data = (source.parent / path).read_bytes()
+            except FileNotFoundError as error:
+                raise CorruptData(f"{source}, row {number}: there is no picture {source.parent / path}") from error
+            sides.append((_whole(data, str(source.parent / path)), row.get(f"model{i}") or "unknown"))
+        seen = {name: row[name] for name in ("confidence", "choice_dist") if name in row}
+        yield _preference(f"{source.stem}-{number}", text, sides, "hpsv3", seen)
+
+
+def _preference(id: str, text: str, sides: list[tuple[bytes, str]], judge: str, evidence: dict[str, Any]) -> Preference:
+    verdict = Verdict(None, (), (), None, judge, evidence)  # people said which is better, not which is right
+    pair = Pair(Prompt(id, text, "", ()), Prompt(f"{id}*", text, "", ()), ())
+    (chosen, best), (rejected, other) = sides
+    return Preference(pair, chosen, rejected, (Drawn(best, -1), Drawn(other, -1)), (verdict, verdict))
+
+
+def _whole(data: bytes | None, where: str) -> bytes:
+    try:
+        with Image.open(io.BytesIO(data or b"")) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise CorruptData(f"{where}: not a picture that can be decoded ({error}); fetch it again") from error
+    return data
+
+
+FORMATS: dict[str, Callable[[Path], Iterator[Preference | str]]] = {"pick-a-pic": pick_a_pic, "hpsv3": hpsv3}
