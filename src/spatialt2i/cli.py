@@ -99,7 +99,8 @@ INSPECT_OPTIONS = (
     click.Option(["--predicate"], help='Only pairs with an edit of it, such as "left of".'),
     click.Option(["--edit"], help="Only pairs with such an edit: flip, swap, move or depth."),
     click.Option(["--out"], type=click.Path(path_type=Path), help="The HTML file; default: pairs.html in the folder."),
-    click.Option(["--open", "show"], is_flag=True, help="Open it in a browser."), SEED)
+    click.Option(["--open", "show"], is_flag=True, help="Open it in a browser."),
+    click.Option(["--seed", "draw"], type=int, default=0, show_default=True, help="Another one draws other pairs."))
 REPORT_OPTIONS = (
     click.Option(["--beside"], type=click.Path(path_type=Path), multiple=True, metavar="DIR",
                  help="Another run: its reward curve and update times beside this run's, in RUN/compare.html."),

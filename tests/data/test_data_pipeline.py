@@ -25,8 +25,9 @@ from spatialt2i.core.config import DataConfig
 from spatialt2i.core.run import DiskFull
 from spatialt2i.core.store import read_jsonl, read_preferences
 from spatialt2i.core.types import Preference, Prompt, Relation, Verdict
-from spatialt2i.data import pipeline
+from spatialt2i.data import dataset as dataset_module, pipeline
 from spatialt2i.data.dataset import SPLITS, plan
+from spatialt2i.data.endpoint import BudgetSpent
 from spatialt2i.data.pipeline import build_dataset
 from spatialt2i.data.stages import outcome, perturb_prompts, write_prompts
 from spatialt2i.data.stats import describe
@@ -372,6 +373,36 @@ def test_a_damaged_or_missing_picture_is_named_and_alone_is_drawn_again(
     assert name in caplog.text and "it is made again" in caplog.text
 
 
+def test_a_picture_that_is_lost_before_it_is_judged_is_drawn_again(tmp_path: Path) -> None:
+    counting = Counting()
+    build(tmp_path, SMALL, parts=counting.parts(), until="drawn")
+    assert not counting.judged and not list(tmp_path.glob("data/*"))
+    lost = sorted(tmp_path.glob("images/*/*"))[::7]
+    for path in lost:
+        path.unlink()
+    judged = build(tmp_path, SMALL, parts=counting.parts(), until="judged")["counts"]
+    found = build(tmp_path, SMALL, parts=counting.parts())
+    assert judged["kept"] == found["counts"]["kept"] and all(path.exists() for path in lost)
+    assert found == build(tmp_path / "other", SMALL)
+
+
+def test_large_pictures_make_more_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = build(tmp_path, SMALL)
+    before = rows(tmp_path, "train")
+    monkeypatch.setattr(dataset_module, "_FILE_BYTES", 5 * (len(before[0].chosen) + len(before[0].rejected)))
+    parts_ = build(tmp_path, SMALL)
+    assert len(parts_["sha256"]) > len(whole["sha256"]) + 3 and rows(tmp_path, "train") == before
+    assert not list(tmp_path.glob("data/*.tmp"))
+
+
+def test_too_few_shards_or_generators_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="same_generator = false: expected at least two data.generators"):
+        build(tmp_path, dataclasses.replace(SMALL, same_generator=False))
+    two = dataclasses.replace(SMALL, pairs=5, generators=("tiny-painter", "x"), generator_shares=(1.0, 1.0))
+    build(tmp_path, two)
+    assert "2 generators and 1 shards" in caplog.text
+
+
 def test_a_process_killed_in_a_shard_goes_on_after_its_last_pictures(tmp_path: Path) -> None:
     one = dataclasses.replace(CONFIG, pairs=90, shard=90)
     counting = Counting()
@@ -416,12 +447,23 @@ def test_generators_share_the_pairs_by_weight_and_pairs_are_of_one(tmp_path: Pat
     assert all(len({d.seed for d in p.drawn}) == 2 for p in mixed)
 
 
+class Broke(TinyPainter):
+    """A generator that costs too much."""
+
+    def generate(self, *, prompts: Any, seeds: Any) -> Any:
+        """Nothing."""
+        raise BudgetSpent("nothing left")
+
+
 def test_ray_makes_the_same_dataset(built, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {
         "PYTHONPATH": f"{SRC}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}})
     try:
         found = build(tmp_path, dataclasses.replace(CONFIG, engine="ray"))
+        broke = Parts(writer=TinyWriter, generators={"tiny-painter": Broke}, verifier=TinyOracle)
+        with pytest.raises(BudgetSpent, match="^nothing left"):
+            build(tmp_path / "broke", dataclasses.replace(CONFIG, engine="ray", pairs=15), parts=broke)
     finally:
         ray.shutdown()
     assert found == built[1] and parquet_sums(tmp_path) == parquet_sums(built[0])

@@ -21,6 +21,7 @@ from spatialt2i.data.endpoint import BudgetSpent, Endpoint, EndpointError
 from spatialt2i.data.generators import ImageAPIConfig
 from spatialt2i.data.image_api import APIGenerator
 from spatialt2i.data.images import ImageStore
+from spatialt2i.data.replies import reply_file
 
 PROMPTS = [Prompt(str(i), f"a mug left of {i} lamps", "kitchen", ()) for i in range(6)]
 
@@ -117,6 +118,11 @@ def test_a_budget_ends_the_work_and_what_is_paid_stays(server: FakeLLM, tmp_path
     assert 0 < paid < 6 and paid * 0.05 <= 0.2
     generator(server, tmp_path).generate(prompts=PROMPTS, seeds=range(6))
     assert len(server.requests) == 6
+
+
+def test_each_endpoint_has_a_bill_of_its_own(server: FakeLLM, tmp_path: Path) -> None:
+    one, other = (EndpointConfig(base_url=server.url, model=model) for model in ("a/b", "a b"))
+    assert reply_file(tmp_path, one) != reply_file(tmp_path, other) == reply_file(tmp_path, other)
 
 
 def test_an_answer_without_a_picture_says_what_to_ask_for(server: FakeLLM, tmp_path: Path) -> None:

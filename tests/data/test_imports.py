@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from spatialt2i.core.config import DataConfig
+from spatialt2i.build import stages
+from spatialt2i.core.config import DataConfig, load_config
+from spatialt2i.core.run import RunDir
 from spatialt2i.core.store import CorruptData, read_preferences
 from spatialt2i.data.imports import import_preferences
 
@@ -64,6 +66,17 @@ def test_pick_a_pic(tmp_path: Path) -> None:
     assert len(datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))["train"]) == counts["train"]
 
 
+def test_an_import_stands_in_for_pairs_of_ours(tmp_path: Path) -> None:
+    pq.write_table(picked(40), tmp_path / "source.parquet")
+    config = load_config("tiny", ["reward.steps=2", "reward.batch=4", "reward.micro_batch=4", "reward.eval_pairs=4",
+                                  "threads=1", "data.validation=0.3", "data.test=0.3"])
+    run = RunDir.open(tmp_path / "run", config)
+    figures = stages.data_import(config, run, source=tmp_path / "source.parquet", format="pick-a-pic")
+    assert stages.data_build(config, run) == figures
+    # SpatialScore learns from them: no prompt has another view, and no object another name
+    assert stages.reward_train(config, run) and stages.reward_eval(config, run)["overall"]["n"] > 0
+
+
 def test_hpsv3(tmp_path: Path) -> None:
     (tmp_path / "source" / "images").mkdir(parents=True)
     rows = []
@@ -91,6 +104,9 @@ def test_what_is_of_another_format_or_damaged_is_named(tmp_path: Path) -> None:
     pq.write_table(picked(2, jpg_1=[jpeg(1)[:50], jpeg(3)]), tmp_path / "cut.parquet")
     with pytest.raises(CorruptData, match="cut.parquet, row 0, jpg_1: not a picture"):
         import_preferences(tmp_path / "cut.parquet", format="pick-a-pic", config=CONFIG, folder=tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no preferences in it"):
+        import_preferences(tmp_path / "empty", format="pick-a-pic", config=CONFIG, folder=tmp_path / "out")
     (tmp_path / "a.json").write_text('{"prompt": 1}')
     with pytest.raises(ValueError, match="not of HPSv3"):
         import_preferences(tmp_path / "a.json", format="hpsv3", config=CONFIG, folder=tmp_path / "out")

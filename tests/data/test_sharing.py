@@ -59,9 +59,24 @@ def test_push_sends_the_dataset_and_nothing_else(dataset: Path, monkeypatch: pyt
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert push(dataset, "me/pairs", private=True) == {"pushed": "https://hub/commit"}
     (repo, options), (_, sent) = said
+    assert sent["delete_patterns"] == "data/*.parquet", "files of an earlier dataset"
     assert repo == "me/pairs" and options["private"] and options["repo_type"] == sent["repo_type"] == "dataset"
     assert {"README.md", "statistics.json"} < sent["files"] and sent["repo_id"] == repo
     assert all(name.endswith(".parquet") for name in sent["files"] - {"README.md", "statistics.json"})
+
+
+def test_a_hub_that_is_not_there_is_told(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    class Transport(Exception):
+        pass
+
+    def refuse(self: Any, repo: str, **options: Any) -> None:
+        raise Transport("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(OSError, match="me/pairs: the hub is not there, or refuses: no route; log in"):
+        push(dataset, "me/pairs", private=False)
 
 
 def test_a_folder_without_a_dataset_is_refused(tmp_path: Path) -> None:

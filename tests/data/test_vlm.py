@@ -81,7 +81,8 @@ def test_what_is_not_said_is_not_judged(answer: Answer, holds: bool | None, why:
 
 @pytest.mark.parametrize(("tops", "sure", "holds"), [
     ({"Yes": 0.5, "yes": 0.3, "no": 0.1, "The": 0.1}, 0.8, True), ({"no": 0.55, "yes": 0.4}, 0.5, False),
-    ({"no": 0.55, "yes": 0.45}, 0.8, None), ({"unclear": 0.9, "yes": 0.1}, 0.5, None), ({"The": 1.0}, 0.5, None)])
+    ({"no": 0.55, "yes": 0.45}, 0.8, None), ({"unclear": 0.9, "yes": 0.1}, 0.5, None), ({"The": 1.0}, 0.5, None),
+    ({"un": 0.93, "yes": 0.04}, 0.5, None), ({"The": 0.9, "yes": 0.1}, 0.5, None), ({"y": 0.6, "Yes": 0.2}, 0.8, True)])
 def test_probabilities_of_the_first_token_decide(tops: dict[str, float], sure: float, holds: bool | None,
                                                  server: FakeLLM, tmp_path: Path) -> None:
     server.behave = lambda request, times: Answer("no matter", tops=tops)

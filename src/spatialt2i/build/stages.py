@@ -14,7 +14,7 @@ from typing import Any
 
 from spatialt2i import __version__
 from spatialt2i.build import parts
-from spatialt2i.core.config import Config, load_config
+from spatialt2i.core.config import RULES, Config, ConfigError, load_config
 from spatialt2i.core.device import describe_machine, measured, pick_device
 from spatialt2i.core.run import (
     RunDir,
@@ -35,6 +35,8 @@ from spatialt2i.core.types import Prompt
 
 def data_build(config: Config, run: RunDir) -> dict[str, Any]:
     """Part 1: the dataset of verified pairs, under ``data/``."""
+    if (manifest := run.manifest("data")) and "imported" in manifest["figures"]:
+        return manifest["figures"]  # others' preferences stand in for ours
     settings = _data_settings(config)
     key = f"{seed_of(_key(config, 'data'), *settings.values()):016x}"
     return _stage(run, "data", key, lambda: _build_data(config, run, settings), outputs=(
@@ -95,14 +97,14 @@ def data_import(config: Config, run: RunDir, *, source: Path, format: str) -> di
 
 
 def data_inspect(config: Config, run: RunDir | None, *, dataset: Path | None, split: str, count: int,
-                 predicate: str | None, edit: str | None, out: Path | None, show: bool) -> dict[str, Any]:
+                 predicate: str | None, edit: str | None, out: Path | None, show: bool, draw: int) -> dict[str, Any]:
     """A page of pairs of a run, or of any dataset's folder, to leaf through."""
     from spatialt2i.report.inspect import write_inspection
     if (run is None) == (dataset is None):
         raise ValueError("which pairs? Give --run a run, or --dataset a folder with parquet files")
     found = shards(run, split) if run else sorted(dataset.rglob(f"{split}-*.parquet"))
     page = out or (run.path if run else dataset) / "pairs.html"
-    figures = write_inspection(found, page, count=count, seed=config.seed, predicate=predicate, edit=edit)
+    figures = write_inspection(found, page, count=count, seed=draw, predicate=predicate, edit=edit)
     if show:
         webbrowser.open(page.resolve().as_uri())
     return figures
@@ -123,6 +125,10 @@ def data_perturb(config: Config, run: RunDir | None, *, prompts: Path, out: Path
 def reward_train(config: Config, run: RunDir) -> dict[str, Any]:
     """Part 2: SpatialScore, under ``reward/``."""
     _needs(run, "data", "data build")
+    if config.reward.swap and set(config.data.keep) != set(RULES):
+        raise ConfigError(f"reward.swap = {config.reward.swap} with data.keep = {list(config.data.keep)}: a rejected "
+                          "image need not be right under its own prompt, so it cannot be shown as chosen; set "
+                          "reward.swap=0")
     from spatialt2i.reward.model import SpatialScoreModel
     from spatialt2i.reward.train import train
 

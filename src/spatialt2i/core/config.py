@@ -72,7 +72,7 @@ class DataConfig:
     test: float = setting(0.02, "share of pairs in the test split", ge=0, le=0.5)  # [ours]
     shard: int = setting(1000, "pairs per unit of work; what a killed process may lose", ge=1)
     engine: str = setting("local", "processes here, or Ray on a cluster", choices=("local", "ray"))
-    workers: int = setting(0, "processes; 0 means one per core, or one where tiny-painter does not draw", ge=0)
+    workers: int = setting(0, "processes; 0: one per core (GPU, with ray), or one where a model draws or judges", ge=0)
     llm: EndpointConfig = field(default_factory=EndpointConfig)
 
 

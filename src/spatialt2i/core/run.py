@@ -33,7 +33,9 @@ FREE = frozenset({
     "reward.micro_batch", "reward.score_batch", "reward.save_every", "rl.micro_batch", "rl.sample_batch",
     "rl.save_every", "rl.gallery_every", "rl.gallery_prompts", "rl.gate_tolerance"})
 ONLY_FOR = {"data.llm": ("data.writer", "llm")}  # sections that have a say for one value of a setting alone
-EXTENDS = frozenset({"rl.steps", "data.keep"})  # a finished stage goes on from where it is when one of these changes
+# A finished stage goes on from where it is when one of these changes.
+EXTENDS = frozenset({"rl.steps", "data.keep", "data.verifier", "data.generators", "data.generator_shares",
+                     "data.same_generator", "data.same_seed"})
 # They name the evaluation prompts, which pairs and training prompts were kept apart from.
 HELD_OUT = frozenset({
     "bench.in_domain_prompts", "bench.hard_prompts", "bench.in_domain_relations", "bench.hard_relations"})

@@ -76,16 +76,16 @@ def write_preferences(path: str | Path, rows: Sequence[Preference]) -> str:
     Returns:
         The sha256 of the file, in hex.
     """
-    return write_table(path, table_of(rows))
-
-
-def table_of(rows: Sequence[Preference]) -> pa.Table:
-    """Preferences as rows of a shard."""
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     for row in rows:
         for name, value in _to_columns(row).items():
             columns[name].append(value)
-    return pa.Table.from_pydict(columns, schema=schema())
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pydict(columns, schema=schema()), buffer, row_group_size=500, compression="zstd",
+                   use_dictionary=["generator", "drawn", "scene"], write_page_checksum=True)
+    data = buffer.getvalue()
+    write_atomic(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def schema() -> pa.Schema:
@@ -95,20 +95,6 @@ def schema() -> pa.Schema:
     features = {n: {"_type": "Image"} if k == "image" else {"dtype": k, "_type": "Value"} for n, k in COLUMNS.items()}
     return pa.schema([(n, types[k]) for n, k in COLUMNS.items()],
                      metadata={"huggingface": json.dumps({"info": {"features": features}})})
-
-
-def write_table(path: str | Path, table: pa.Table) -> str:
-    """Write rows of shards as one shard, atomically; equal rows give equal bytes.
-
-    Returns:
-        The sha256 of the file, in hex.
-    """
-    buffer = io.BytesIO()
-    pq.write_table(table.combine_chunks(), buffer, row_group_size=500, compression="zstd",
-                   use_dictionary=["generator", "drawn", "scene"], write_page_checksum=True)
-    data = buffer.getvalue()
-    write_atomic(path, data)
-    return hashlib.sha256(data).hexdigest()
 
 
 def read_preferences(paths: Iterable[str | Path]) -> Iterator[Preference]:

@@ -7,16 +7,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spatialt2i.core.config import DataConfig
 from spatialt2i.core.run import progress, write_atomic
-from spatialt2i.core.store import schema, table_of, write_table
+from spatialt2i.core.store import write_preferences
+from spatialt2i.core.types import Preference
 from spatialt2i.data.shard import Shard, preferences
 from spatialt2i.data.stages import KEPT
 
 SPLITS = ("train", "validation", "test")
+_FILE_BYTES = 2**28  # of pictures
 _SPAN = 2**63  # scene keys are uniform below it
 
 
@@ -70,38 +71,38 @@ def assemble(shards: Sequence[Shard], splits: Sequence[Sequence[str | None]], *,
         shards: finished ones, read one at a time.
         splits: what `plan` returned.
         folder: where the files go; parquet files of an earlier plan are removed.
-        rows: rows per file; memory is bounded by those of one file per split.
+        rows: most rows per file, which has fewer where their pictures are large; memory is bounded by those of one
+            file per split.
 
     Returns:
         The sha256 of each file, by name.
     """
-    totals = Counter(name for part in splits for name in part)
-    files = {name: -(-totals[name] // rows) for name in SPLITS}
-    names = {name: [f"{name}-{i:05d}-of-{n:05d}.parquet" for i in range(n)] for name, n in files.items()}
-    for path in folder.glob("*.parquet"):
-        if path.name not in {n for group in names.values() for n in group}:
-            path.unlink()
-    waiting = {name: schema().empty_table() for name in SPLITS}
-    todo = {name: iter(group) for name, group in names.items()}
-    sums: dict[str, str] = {}
+    for path in folder.glob("*.parquet*"):
+        path.unlink()
+    waiting: dict[str, list[Preference]] = {name: [] for name in SPLITS}
+    weight: Counter[str] = Counter()
+    written: dict[str, list[Path]] = {name: [] for name in SPLITS}
+    sums: dict[Path, str] = {}
 
-    def write(name: str, table: pa.Table) -> None:
-        file = next(todo[name])
-        sums[file] = write_table(folder / file, table)
+    def write(name: str) -> None:
+        path = folder / f"{name}-{len(written[name]):05d}.parquet.tmp"  # its name says how many there are
+        written[name].append(path)
+        sums[path] = write_preferences(path, waiting[name])
+        waiting[name].clear()
+        weight[name] = 0
 
     for shard, part in progress(list(zip(shards, splits, strict=True)), desc="publishing"):
-        table = table_of(list(preferences(shard, [name is not None for name in part])))
         kept = [name for name in part if name is not None]
-        for name in SPLITS:
-            index = pa.array([i for i, split in enumerate(kept) if split == name], pa.int64())
-            waiting[name] = pa.concat_tables([waiting[name], table.take(index)])
-            while waiting[name].num_rows >= rows:
-                write(name, waiting[name].slice(0, rows))
-                waiting[name] = waiting[name].slice(rows)
+        for name, row in zip(kept, preferences(shard, [name is not None for name in part]), strict=True):
+            waiting[name].append(row)
+            weight[name] += len(row.chosen) + len(row.rejected)
+            if len(waiting[name]) == rows or weight[name] > _FILE_BYTES:
+                write(name)
     for name in SPLITS:
-        if waiting[name].num_rows:
-            write(name, waiting[name])
-    return dict(sorted(sums.items()))
+        if waiting[name]:
+            write(name)
+    return {path.rename(folder / f"{name}-{i:05d}-of-{len(paths):05d}.parquet").name: sums[path]
+            for name, paths in sorted(written.items()) for i, path in enumerate(paths)}
 
 
 def rows_of(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

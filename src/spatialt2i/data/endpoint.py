@@ -172,13 +172,13 @@ class Endpoint:
         """How probable each of the answers is to a question about a picture; an answer of other words is none of them.
 
         Args:
-            question: must ask for one of the options. image: JPEG, PNG or WebP. options: single words.
+            question: must ask for one of the options. image: JPEG. options: single words.
             probable: ask for probabilities; not every endpoint gives them. Else the answer's is 1.
 
         Raises:
             AskError, BudgetSpent, EndpointError, DiskFull: see `ask`.
         """
-        url = f"data:image;base64,{base64.b64encode(image).decode()}"
+        url = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
         request: dict[str, Any] = {
             "model": self._config.model, "messages": [{"role": "user", "content": content}],
@@ -289,7 +289,7 @@ def _read(answer: Any, *, text_of: Callable[[Any], str] = lambda choice: choice.
 
 
 def _probabilities(options: Sequence[str], choice: Any) -> str:
-    """The probability of each option that the answer may have been, as JSON; of its first token where that is told."""
+    """The probability of each option, as JSON: of first tokens that are it or begin it alone, where that is told."""
     def word(text: str) -> str:
         return text.strip().strip(".,!\"'").lower()
 
@@ -297,11 +297,12 @@ def _probabilities(options: Sequence[str], choice: Any) -> str:
     if not told:
         answer = word(choice.message.content or "")
         return json.dumps({answer: 1.0} if answer in options else {})
-    found = Counter()
+    found = dict.fromkeys(options, 0.0)
     for token in told[0].top_logprobs:
-        found[word(token.token)] += math.exp(token.logprob)
-    total = sum(found[option] for option in options)
-    return json.dumps({option: found[option] / total for option in options} if total else {})
+        begun = [option for option in options if word(token.token) and option.startswith(word(token.token))]
+        if len(begun) == 1:
+            found[begun[0]] += math.exp(token.logprob)
+    return json.dumps(found if any(found.values()) else {})
 
 
 def _picture(images: ImageStore, answer: Any) -> Reply:

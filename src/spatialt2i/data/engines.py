@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import multiprocessing
 import os
 import signal
@@ -50,12 +51,23 @@ def _with_own_parts(work: Work, shard: Shard) -> None:
 
 
 def _prepare(life: Connection, parts: Parts) -> None:
-    """Give a worker its parts; make it leave Ctrl-C to its parent, and end with it."""
+    """Give a worker its parts; make it leave Ctrl-C to its parent, and end with it, after requests under way."""
     _OWN.append(parts)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    over = threading.Event()
+
+    def interrupt(number: int, frame: Any) -> None:
+        if over.is_set():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
     def watch() -> None:
         life.poll(None)  # returns when the other end is closed, because nothing is ever sent
+        over.set()
+        _thread.interrupt_main()  # which begins no more requests
+        for thread in threading.enumerate():
+            if thread not in (threading.current_thread(), threading.main_thread()) and not thread.daemon:
+                thread.join()  # a request under way is paid for
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -65,7 +77,8 @@ def on_ray(shards: Sequence[Shard], workers: int, parts: Parts, work: Work) -> I
     """With Ray Data, on the cluster that it is connected to or else on this machine.
 
     An actor has a GPU of its own where the cluster has any, else a core; there are as many as that allows where
-    ``workers`` is 0. The folder of the shards must be the same on all machines.
+    ``workers`` is 0. The folder of the shards must be the same on all machines; replies of endpoints are kept there in
+    SQLite files, which network file systems do not lock, so those are for one machine.
     """
     import ray
 
@@ -82,11 +95,15 @@ def on_ray(shards: Sequence[Shard], workers: int, parts: Parts, work: Work) -> I
         return
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars, context.raise_original_map_exception = False, True
     total = ray.cluster_resources()
     kind = "GPU" if total.get("GPU") else "CPU"
     todo = ray.data.from_items([{"i": i} for i in range(len(shards))], override_num_blocks=len(shards))
     done = todo.map_batches(Worker, batch_size=1, concurrency=min(workers or int(total[kind]), len(shards)),
                             num_gpus=1 if kind == "GPU" else None, num_cpus=1)
-    for row in done.iter_rows():
-        yield shards[row["i"]]
+    try:
+        for row in done.iter_rows():
+            yield shards[row["i"]]
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # what to do is in its message

@@ -88,8 +88,9 @@ def open_generator(name: str, *, folder: Path, format: str, device: Callable[[],
         from spatialt2i.data.endpoint import Endpoint
         from spatialt2i.data.image_api import APIGenerator
         from spatialt2i.data.images import ImageStore
+        from spatialt2i.data.replies import reply_file
         return APIGenerator(name=_short(name), config=config, images=ImageStore(folder / "images", format=format),
-                            endpoint=Endpoint(config.endpoint, folder / "images.sqlite"))
+                            endpoint=Endpoint(config.endpoint, reply_file(folder, config.endpoint)))
     from spatialt2i.data.pipelines import PipelineGenerator
     return PipelineGenerator(name=_short(name), config=config, device=device())
 

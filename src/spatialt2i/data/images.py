@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import tempfile
+import uuid
 from pathlib import Path
 
 from PIL import Image
@@ -48,13 +47,12 @@ class ImageStore:
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # a name of its own, because others may be about to store the same picture
-                file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False)
+                temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
                 try:
-                    with file:
-                        file.write(data)
-                    os.replace(file.name, path)
+                    temporary.write_bytes(data)
+                    temporary.replace(path)
                 finally:
-                    Path(file.name).unlink(missing_ok=True)
+                    temporary.unlink(missing_ok=True)
         return name
 
     def read(self, name: str) -> bytes:
@@ -80,6 +78,11 @@ class ImageStore:
         except CorruptData:
             return False
         return True
+
+    def tidy(self) -> None:
+        """Remove what processes left that were killed while they stored a picture."""
+        for path in self._folder.glob("*/.*.tmp"):
+            path.unlink()
 
     def _path(self, name: str) -> Path:
         return self._folder / name[:2] / f"{name}.{self._format}"

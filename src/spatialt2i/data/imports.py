@@ -6,7 +6,9 @@ Formats: Pick-a-Pic's parquet files (arXiv 2305.01569) and HPSv3's JSON lists (a
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -37,10 +39,11 @@ def import_preferences(source: Path, *, format: str, config: DataConfig, folder:
         format: one of `FORMATS`. config: the shares of the splits, and pairs per file. folder: where it goes.
 
     Returns:
-        ``counts`` (what was there, why some are left out, and the pairs of each split), and ``statistics``.
+        ``imported``, the format, ``counts`` (what was there, why some are left out, and the pairs of each split), and
+        ``statistics``.
 
     Raises:
-        ValueError: the source is of another format.
+        ValueError: the source is of another format, or empty.
         CorruptData: a picture cannot be read.
         DiskFull: no space left.
     """
@@ -53,10 +56,14 @@ def import_preferences(source: Path, *, format: str, config: DataConfig, folder:
         files[name] += 1
         waiting[name].clear()
 
+    given = FORMATS[format](source)
+    first = next(given, None)
+    if first is None:
+        raise ValueError(f"{source}: no preferences in it")
     for old in (folder / "data").glob("*.parquet"):
         old.unlink()
     rows = []
-    for row in progress(FORMATS[format](source), desc=f"import {format}"):
+    for row in progress(itertools.chain([first], given), desc=f"import {format}"):
         counts["written"] += 1
         if isinstance(row, str):
             counts[row] += 1
@@ -76,19 +83,20 @@ def import_preferences(source: Path, *, format: str, config: DataConfig, folder:
     write_json(folder / "statistics.json", statistics)
     write_card(folder, counts=counts, statistics=statistics, about=(
         f"Preferences of {format}: of two images of a prompt, people chose `chosen`. They know of no relations."))
-    return {"counts": dict(counts), "statistics": statistics}
+    return {"imported": format, "counts": dict(counts), "statistics": statistics}
 
 
 def pick_a_pic(source: Path) -> Iterator[Preference | str]:
     """The rows of Pick-a-Pic's parquet files; why there is no preference where there is none."""
     for path in sorted(source.glob("**/*.parquet")) if source.is_dir() else [source]:
+        name = str(path.relative_to(source).with_suffix("") if source.is_dir() else path.stem).replace(os.sep, "-")
         with pq.ParquetFile(path) as file:
             if missing := [name for name in _PICK if name not in file.schema_arrow.names]:
                 raise ValueError(f"{path}: not of Pick-a-Pic, the columns {', '.join(missing)} are missing")
             number = 0
             for batch in file.iter_batches(batch_size=64):
                 for row in batch.to_pylist():
-                    yield _picked(row, f"{path.stem}-{number}", f"{path}, row {number}")
+                    yield _picked(row, f"{name}-{number}", f"{path}, row {number}")
                     number += 1
 
 

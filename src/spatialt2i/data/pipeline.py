@@ -56,25 +56,30 @@ def build_dataset(*, config: DataConfig, seed: int, folder: Path, parts: Parts, 
 
     Raises:
         DiskFull: no space left; finished shards stay, and the same call goes on from there.
+        CorruptData: a picture is damaged, and was so again after it was drawn again.
+        ValueError: pairs of two generators are asked for, and there is one.
     """
     shards = _shards(config, seed, folder, settings_of)
-    drawn = _phase("drawn", draw_shard, shards, config, parts)
-    if until == "drawn":
-        return {"counts": _counts(drawn)}
-    judged = _phase("judged", judge_shard, shards, config, parts)
-    if until == "judged":
-        return {"counts": _counts(judged) + Counter(r for part in _outcomes(judged, config) for r in part if r)}
-    try:
+    shards[0].images.tidy()
+
+    def work() -> dict[str, Any]:
+        drawn = _phase("drawn", draw_shard, shards, config, parts)
+        if until == "drawn":
+            return {"counts": _counts(drawn)}
+        judged = _phase("judged", judge_shard, shards, config, parts)
+        if until == "judged":
+            return {"counts": _counts(judged) + Counter(r for part in _outcomes(judged, config) for r in part if r)}
         return _publish(shards, judged, config=config, folder=folder, exclude=exclude)
+
+    try:
+        return work()
     except CorruptData as error:
         log.warning("%s; it is made again", error)
         for shard in shards:
-            if not pictures_whole(shard):
+            if stored(shard, "drawn") and not pictures_whole(shard):
                 for phase in PHASES:
-                    shard.manifest(phase).unlink()
-        _phase("drawn", draw_shard, shards, config, parts)
-        judged = _phase("judged", judge_shard, shards, config, parts)
-        return _publish(shards, judged, config=config, folder=folder, exclude=exclude)
+                    shard.manifest(phase).unlink(missing_ok=True)
+        return work()
 
 
 def _counts(manifests: Sequence[dict[str, Any]]) -> Counter[str]:
@@ -119,6 +124,11 @@ def _shards(config: DataConfig, seed: int, folder: Path, settings_of: Mapping[st
     written = identity("writer", "relations", "llm", "one_perturbation")
     judged = identity("verifier") + settings_of.get(config.verifier, "")
     ranges = [(start, min(start + config.shard, config.pairs)) for start in range(0, config.pairs, config.shard)]
+    if not config.same_generator and len(config.generators) < 2:
+        raise ValueError("data.same_generator = false: expected at least two data.generators")
+    if len(ranges) < (drawing := sum(share > 0 for share in config.generator_shares)):
+        log.warning("%d generators and %d shards: a shard is drawn by one of them, so some draw nothing; lower "
+                    "data.shard = %d", drawing, len(ranges), config.shard)
     found = []
     for i, ((start, stop), names) in enumerate(zip(ranges, _turns(config), strict=False)):
         drawn = identity("image_format", "same_seed", "wrong_layout") + "".join(

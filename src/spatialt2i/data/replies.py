@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from spatialt2i.core.run import disk_errors
+from spatialt2i.core.config import EndpointConfig
+from spatialt2i.core.run import disk_errors, seed_of
 from spatialt2i.core.store import CorruptData
 
 
@@ -28,6 +30,12 @@ class Reply:
     tokens_out: int
     images: int = 0
     kind: str = ""
+
+
+def reply_file(folder: Path, config: EndpointConfig) -> Path:
+    """The file of an endpoint's replies, its own because what it cost is added up over it."""
+    model = re.sub(r"\W+", "-", config.model).strip("-")
+    return folder / f"{model}-{seed_of(config.base_url, config.model) % 16**6:06x}.sqlite"
 
 
 class ReplyStore:

@@ -64,7 +64,7 @@ def push(folder: Path, repo: str, *, private: bool) -> dict[str, Any]:
     """Upload a dataset's parquet files, card and statistics to a dataset repository of the Hugging Face hub.
 
     The library's own settings say who one is: ``hf auth login``, or its environment variables. What is there already is
-    not sent again.
+    not sent again, and parquet files of an earlier dataset are removed there.
 
     Raises:
         ValueError: the folder holds no dataset.
@@ -74,7 +74,11 @@ def push(folder: Path, repo: str, *, private: bool) -> dict[str, Any]:
     if not (folder / "README.md").exists() or not list((folder / "data").glob("*.parquet")):
         raise ValueError(f"{folder}: no dataset to push; run `spatialt2i data build` first")
     hub = HfApi()
-    hub.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
-    done = hub.upload_folder(repo_id=repo, folder_path=folder, repo_type="dataset", allow_patterns=PUSHED,
-                             commit_message="Spatial preference pairs")
+    try:
+        hub.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        done = hub.upload_folder(repo_id=repo, folder_path=folder, repo_type="dataset", allow_patterns=PUSHED,
+                                 delete_patterns="data/*.parquet", commit_message="Spatial preference pairs")
+    except Exception as error:  # the library's transport has errors of its own
+        raise OSError(f"{repo}: the hub is not there, or refuses: {error}; log in with `hf auth login` and try again"
+                      ) from error
     return {"pushed": str(done)}

@@ -24,7 +24,8 @@ class VLMConfig:
     def judged_by(self) -> dict[str, Any]:
         """The settings that a verdict depends on."""
         return {"sure": self.sure, "probable": self.probable, "max_side": self.max_side, "model": self.endpoint.model,
-                "base_url": self.endpoint.base_url, "temperature": self.endpoint.temperature}
+                "base_url": self.endpoint.base_url, "temperature": self.endpoint.temperature,
+                "max_tokens": self.endpoint.max_tokens}
 
 
 def read_verifier(name: str) -> VLMConfig:
@@ -46,6 +47,7 @@ def open_verifier(name: str, *, folder: Path) -> Verifier:
         ConfigError, EndpointError: it cannot be made; the message says why.
     """
     from spatialt2i.data.endpoint import Endpoint
+    from spatialt2i.data.replies import reply_file
     from spatialt2i.data.vlm import VLMVerifier
     config = read_verifier(name)
-    return VLMVerifier(config=config, endpoint=Endpoint(config.endpoint, folder / "verdicts.sqlite"))
+    return VLMVerifier(config=config, endpoint=Endpoint(config.endpoint, reply_file(folder, config.endpoint)))

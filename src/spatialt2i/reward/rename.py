@@ -24,8 +24,10 @@ def rename(prompt: Prompt, names: Sequence[str], rng: np.random.Generator) -> st
         rng: decides which object, and its name.
 
     Returns:
-        The text, or None where it does not contain the object by its name, or there is no other name.
+        The text, or None where it does not contain the object by its name, there is no other name, or no object.
     """
+    if not prompt.objects:
+        return None
     old = prompt.objects[int(rng.integers(len(prompt.objects)))]
     others = [name for name in names if name not in prompt.objects]
     near = [name for name in others if set(name.split()) & set(old.split())] or others
