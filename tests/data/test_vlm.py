@@ -100,7 +100,7 @@ def test_one_relation_that_does_not_hold_decides_even_where_others_are_not_judge
         assert verdict.overall is overall and verdict.relations[0] is None
 
 
-def test_large_pictures_are_sent_smaller_and_cost_no_more_than_reserved(server: FakeLLM, tmp_path: Path) -> None:
+def test_large_pictures_are_sent_smaller(server: FakeLLM, tmp_path: Path) -> None:
     sizes = []
 
     def behave(request: dict[str, Any], times: int) -> Answer:

@@ -163,6 +163,19 @@ def preference_of(row: dict[str, Any], where: str) -> Preference:
     return Preference(pair, images[0], images[1], drawn, verdicts)
 
 
+def decode(data: bytes) -> PIL.Image.Image:
+    """An encoded picture, in RGB.
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as e:  # SyntaxError is what Pillow raises for a broken PNG chunk
+        raise ValueError(f"not a picture that can be decoded: {e}") from e
+
+
 def read_image(path: Path) -> PIL.Image.Image:
     """A picture in RGB.
 
@@ -170,12 +183,11 @@ def read_image(path: Path) -> PIL.Image.Image:
         OSError: there is none, or it cannot be decoded.
     """
     try:
-        with PIL.Image.open(path) as image:
-            return image.convert("RGB")
+        return decode(path.read_bytes())
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{path}: no such image file") from e
-    except (OSError, SyntaxError) as e:
-        raise OSError(f"{path}: not a picture that can be decoded ({e}); expected PNG, JPEG or WebP") from e
+    except ValueError as e:
+        raise OSError(f"{path}: {e}; expected PNG, JPEG or WebP") from e
 
 
 def _whole_image(value: dict[str, Any] | None, where: str) -> bytes:
@@ -183,9 +195,8 @@ def _whole_image(value: dict[str, Any] | None, where: str) -> bytes:
     if not data:
         raise CorruptData(f"{where}: the image is missing; {REBUILD}")
     try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as e:  # SyntaxError is what Pillow raises for a broken PNG chunk
+        decode(data)
+    except ValueError as e:
         raise CorruptData(f"{where}: the image cannot be decoded ({e}); {REBUILD}") from e
     return data
 

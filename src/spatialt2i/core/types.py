@@ -188,12 +188,12 @@ class Drawn:
     """How a picture came about.
 
     Attributes:
-        generator: who drew it. seed: its seed; -1 where it is not known.
+        generator: who drew it. seed: its seed; None where it is not known.
         settings: what the generator's pictures depend on besides prompt and seed, JSON-able.
     """
 
     generator: str
-    seed: int
+    seed: int | None
     settings: dict[str, Any] = field(default_factory=dict)
 
 

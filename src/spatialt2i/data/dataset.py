@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,16 @@ def assemble(shards: Sequence[Shard], splits: Sequence[Sequence[str | None]], *,
     Returns:
         The sha256 of each file, by name.
     """
+    def placed() -> Iterator[tuple[str, Preference]]:
+        for shard, part in progress(list(zip(shards, splits, strict=True)), desc="publishing"):
+            kept = [name for name in part if name is not None]
+            yield from zip(kept, preferences(shard, [name is not None for name in part]), strict=True)
+
+    return write_splits(placed(), folder=folder, rows=rows)
+
+
+def write_splits(placed: Iterable[tuple[str, Preference]], *, folder: Path, rows: int) -> dict[str, str]:
+    """Write preferences, each with its split's name, as parquet files; see `assemble`."""
     for path in folder.glob("*.parquet*"):
         path.unlink()
     waiting: dict[str, list[Preference]] = {name: [] for name in SPLITS}
@@ -91,13 +101,11 @@ def assemble(shards: Sequence[Shard], splits: Sequence[Sequence[str | None]], *,
         waiting[name].clear()
         weight[name] = 0
 
-    for shard, part in progress(list(zip(shards, splits, strict=True)), desc="publishing"):
-        kept = [name for name in part if name is not None]
-        for name, row in zip(kept, preferences(shard, [name is not None for name in part]), strict=True):
-            waiting[name].append(row)
-            weight[name] += len(row.chosen) + len(row.rejected)
-            if len(waiting[name]) == rows or weight[name] > _FILE_BYTES:
-                write(name)
+    for name, row in placed:
+        waiting[name].append(row)
+        weight[name] += len(row.chosen) + len(row.rejected)
+        if len(waiting[name]) == rows or weight[name] > _FILE_BYTES:
+            write(name)
     for name in SPLITS:
         if waiting[name]:
             write(name)
@@ -117,7 +125,7 @@ OURS = """Each row is a prompt with spatial relations, an image that follows it 
 prompt after one to three of its relations were changed (`rejected`). Scores are for `prompt`."""
 
 
-def write_card(folder: Path, *, counts: dict[str, int], statistics: dict[str, Any], about: str = OURS) -> None:
+def write_card(folder: Path, *, counts: dict[str, int], statistics: dict[str, Any], about: str) -> None:
     """Write ``README.md``, the dataset card; its header tells `datasets` where the splits are.
 
     Args:

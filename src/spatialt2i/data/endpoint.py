@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import functools
-import io
+import hashlib
 import json
 import logging
 import math
@@ -30,7 +29,7 @@ import tenacity
 from PIL import Image
 
 from spatialt2i.core.config import EndpointConfig
-from spatialt2i.core.store import CorruptData
+from spatialt2i.core.store import CorruptData, decode
 from spatialt2i.data.images import ImageStore
 from spatialt2i.data.replies import Reply, ReplyStore
 
@@ -138,11 +137,7 @@ class Endpoint:
                                    "max_completion_tokens": self._config.max_tokens}
         if schema is not None:
             request["response_format"] = {"type": "json_schema", "json_schema": {**schema, "strict": True}}
-        key, most = self._identified(request)
-        reply = self._store.find(key)
-        if reply is None:
-            reply = self._paid(key, most, request, self._client.chat.completions.create, _read)
-        return self._given(reply)
+        return self._chat(request, _read)
 
     def draw(self, *, prompt: str, settings: Mapping[str, Any], seed: int, images: ImageStore) -> Image.Image:
         """The picture of a text; one that was drawn before, and is still whole in its store, costs nothing.
@@ -160,13 +155,13 @@ class Endpoint:
         reply = self._store.find(key)
         if reply is not None and not reply.kind:
             try:
-                return _decoded(images.read(reply.text))
+                return decode(images.read(reply.text))
             except CorruptData as error:
                 log.warning("%s; it is asked for, and paid, again", error)
                 reply = None
         if reply is None:
             reply = self._paid(key, most, request, self._client.images.generate, functools.partial(_picture, images))
-        return _decoded(images.read(self._given(reply)))
+        return decode(images.read(self._given(reply)))
 
     def choose(self, question: str, image: bytes, *, options: Sequence[str], probable: bool) -> dict[str, float]:
         """How probable each of the answers is to a question about a picture; an answer of other words is none of them.
@@ -184,12 +179,8 @@ class Endpoint:
             "model": self._config.model, "messages": [{"role": "user", "content": content}],
             "temperature": self._config.temperature, "max_completion_tokens": self._config.max_tokens,
             **({"logprobs": True, "top_logprobs": _TOP} if probable else {})}
-        key, most = self._identified(request, tokens_in=len(question) + _PICTURE_TOKENS)
-        reply = self._store.find(key)
-        if reply is None:
-            reply = self._paid(key, most, request, self._client.chat.completions.create,
-                               functools.partial(_read, text_of=functools.partial(_probabilities, options)))
-        return json.loads(self._given(reply))
+        read = functools.partial(_read, text_of=functools.partial(_probabilities, options))
+        return json.loads(self._chat(request, read, tokens_in=len(question) + _PICTURE_TOKENS))
 
     def bill(self) -> Bill:
         """What was asked so far, by all that share the store."""
@@ -211,6 +202,11 @@ class Endpoint:
         text = json.dumps(request, sort_keys=True)
         return (hashlib.sha256(f"{self._config.base_url} {text}".encode()).hexdigest(),
                 self._price(tokens_in or len(text), self._config.max_tokens, images))
+
+    def _chat(self, request: dict[str, Any], read: Callable[[Any], Reply], *, tokens_in: int = 0) -> str:
+        key, most = self._identified(request, tokens_in=tokens_in)
+        create = self._client.chat.completions.create
+        return self._given(self._store.find(key) or self._paid(key, most, request, create, read))
 
     def _paid(self, key: str, most: float, request: dict[str, Any], create: Callable[..., Any],
               read: Callable[[Any], Reply]) -> Reply:
@@ -313,15 +309,11 @@ def _picture(images: ImageStore, answer: Any) -> Reply:
                             "\"b64_json\" among the preset's fields")
     usage = answer.usage
     tokens = (getattr(usage, "input_tokens", None) or 0, getattr(usage, "output_tokens", None) or 0)
-    return Reply(images.keep(_decoded(base64.b64decode(data))), *tokens, images=1)
-
-
-def _decoded(data: bytes) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _NoPicture(f"not a picture that can be decoded: {error}") from error
+        image = decode(base64.b64decode(data))
+    except ValueError as error:
+        raise _NoPicture(str(error)) from error
+    return Reply(images.keep(image), *tokens, images=1)
 
 
 def _kind(error: BaseException) -> str:

@@ -15,11 +15,10 @@ from typing import Any
 from spatialt2i.core.device import cpu_count
 from spatialt2i.data.shard import Parts, Shard
 
-Work = Callable[[Shard, Parts], Any]
+Work = Callable[[Shard, Parts], None]
 
 
-def in_processes(shards: Sequence[Shard], workers: int, parts: Parts,
-                 work: Work) -> Iterator[Shard]:
+def in_processes(shards: Sequence[Shard], workers: int, parts: Parts, work: Work) -> Iterator[Shard]:
     """In processes of this machine, as many as it has cores where ``workers`` is 0."""
     workers = workers or cpu_count()
     if min(workers, len(shards)) <= 1:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spatialt2i.core.config import PRESETS, EndpointConfig, preset_path, read_settings, setting
+from spatialt2i.core.config import DTYPES, PRESETS, EndpointConfig, preset_path, read_settings, setting
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ class PipelineConfig:
     model: str = setting("", "hub id or folder")
     revision: str = setting("", "commit, tag or branch of the hub; empty takes the newest")
     license: str = setting("", "of the pictures; goes into the card of a dataset")
-    dtype: str = setting("bfloat16", "of the weights", choices=("float32", "bfloat16"))
+    dtype: str = setting("bfloat16", "of the weights", choices=DTYPES)
     offload: str = setting("none", "what waits in host memory: nothing, models, or every layer",
                            choices=("none", "model", "sequential"))
     batch: int = setting(4, "pictures per forward", ge=1)

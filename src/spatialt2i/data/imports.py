@@ -5,27 +5,24 @@ Formats: Pick-a-Pic's parquet files (arXiv 2305.01569) and HPSv3's JSON lists (a
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from PIL import Image
 
 from spatialt2i.core.config import DataConfig
 from spatialt2i.core.run import progress, write_json
-from spatialt2i.core.store import CorruptData, write_preferences
+from spatialt2i.core.store import CorruptData, decode
 from spatialt2i.core.types import Drawn, Pair, Preference, Prompt, Verdict
-from spatialt2i.data.dataset import SPLITS, split_of, write_card
+from spatialt2i.data.dataset import SPLITS, rows_of, split_of, write_card, write_splits
 from spatialt2i.data.shard import text_key
 from spatialt2i.data.stages import KEPT
-from spatialt2i.data.stats import describe
+from spatialt2i.data.stats import COLUMNS, describe
 
 _PICK = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 NO_CHOICE = "no choice"  # a tie, or nobody was asked
@@ -47,39 +44,26 @@ def import_preferences(source: Path, *, format: str, config: DataConfig, folder:
         CorruptData: a picture cannot be read.
         DiskFull: no space left.
     """
-    waiting: dict[str, list[Preference]] = {name: [] for name in SPLITS}
-    files: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-
-    def write(name: str) -> None:
-        write_preferences(folder / "data" / f"{name}-{files[name]:05d}.parquet", waiting[name])
-        files[name] += 1
-        waiting[name].clear()
-
     given = FORMATS[format](source)
     first = next(given, None)
     if first is None:
         raise ValueError(f"{source}: no preferences in it")
-    for old in (folder / "data").glob("*.parquet"):
-        old.unlink()
-    rows = []
-    for row in progress(itertools.chain([first], given), desc=f"import {format}"):
-        counts["written"] += 1
-        if isinstance(row, str):
-            counts[row] += 1
-            continue
-        name = split_of(text_key(row.prompt.text), config)
-        counts.update([KEPT, name])
-        waiting[name].append(row)
-        rows.append({"prompt": row.prompt.text, "scene": "", "relations": "[]", "edits": "[]", "n_perturbations": 0,
-                     "drawn": json.dumps([asdict(drawn) for drawn in row.drawn])})
-        if len(waiting[name]) == config.shard:
-            write(name)
-    for name in SPLITS:
-        if waiting[name]:
-            write(name)
+
+    def placed() -> Iterator[tuple[str, Preference]]:
+        for row in progress(itertools.chain([first], given), desc=f"import {format}"):
+            counts["written"] += 1
+            if isinstance(row, str):
+                counts[row] += 1
+                continue
+            name = split_of(text_key(row.prompt.text), config)
+            counts.update([KEPT, name])
+            yield name, row
+
+    write_splits(placed(), folder=folder / "data", rows=config.shard)
     counts.update({name: 0 for name in (KEPT, *SPLITS)})
-    statistics = {**describe(rows), "funnel": {name: n for name, n in counts.items() if name not in SPLITS}}
+    statistics = describe(rows_of(folder / "data", COLUMNS))
+    statistics["funnel"] = {name: n for name, n in counts.items() if name not in SPLITS}
     write_json(folder / "statistics.json", statistics)
     write_card(folder, counts=counts, statistics=statistics, about=(
         f"Preferences of {format}: of two images of a prompt, people chose `chosen`. They know of no relations."))
@@ -134,15 +118,14 @@ def _preference(id: str, text: str, sides: list[tuple[bytes, str]], judge: str, 
     verdict = Verdict(None, (), (), None, judge, evidence)  # people said which is better, not which is right
     pair = Pair(Prompt(id, text, "", ()), Prompt(f"{id}*", text, "", ()), ())
     (chosen, best), (rejected, other) = sides
-    return Preference(pair, chosen, rejected, (Drawn(best, -1), Drawn(other, -1)), (verdict, verdict))
+    return Preference(pair, chosen, rejected, (Drawn(best, None), Drawn(other, None)), (verdict, verdict))
 
 
 def _whole(data: bytes | None, where: str) -> bytes:
     try:
-        with Image.open(io.BytesIO(data or b"")) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise CorruptData(f"{where}: not a picture that can be decoded ({error}); fetch it again") from error
+        decode(data or b"")
+    except ValueError as error:
+        raise CorruptData(f"{where}: {error}; fetch it again") from error
     return data
 
 

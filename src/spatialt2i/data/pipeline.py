@@ -150,7 +150,8 @@ def _turns(config: DataConfig) -> Iterator[tuple[str, str]]:
 
 def _phase(phase: str, work: Work, shards: Sequence[Shard], config: DataConfig, parts: Parts) -> list[dict[str, Any]]:
     """The manifests of a phase of all shards, after those that lack it, or where it is damaged, were worked on."""
-    todo = [s for s in shards if stored(s, phase) is None]
+    found = {s.number: stored(s, phase) for s in shards}
+    todo = [s for s in shards if found[s.number] is None]
     damaged = [s.number for s in todo if s.manifest(phase).exists()]
     if damaged:
         log.warning("%s: the shards %s are damaged or were %s with other settings, and are %s again",
@@ -159,10 +160,9 @@ def _phase(phase: str, work: Work, shards: Sequence[Shard], config: DataConfig, 
     left = sum(s.stop - s.start for s in todo)
     with progress(config.pairs, desc=phase, initial=config.pairs - left) as bar:
         for shard in {"local": in_processes, "ray": on_ray}[config.engine](todo, config.workers, parts, work):
+            found[shard.number] = stored(shard, phase)
             bar.update(shard.stop - shard.start)
-    manifests = [stored(s, phase) for s in shards]
-    if None in manifests:
-        missing = shards[manifests.index(None)].manifest(phase)
-        raise RunError(f"{missing}: was made, and is not here or not whole; all machines of a cluster must have the "
+    if missing := [s.manifest(phase) for s in shards if found[s.number] is None]:
+        raise RunError(f"{missing[0]}: was made, and is not here or not whole; all machines of a cluster must have the "
                        "run's folder under the same path, and nothing else may write there")
-    return manifests
+    return [found[s.number] for s in shards]

@@ -7,19 +7,16 @@ changed for.
 from __future__ import annotations
 
 import functools
-import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from spatialt2i.core.config import DataConfig
 from spatialt2i.core.protocols import Generator, Verifier, Writer
 from spatialt2i.core.run import file_hash, json_text, read_json, seed_of, write_json
-from spatialt2i.core.store import CorruptData, append_jsonl, read_jsonl, write_jsonl
+from spatialt2i.core.store import CorruptData, append_jsonl, decode, read_jsonl, write_jsonl
 from spatialt2i.core.types import Drawn, Pair, Preference, Prompt, Verdict
 from spatialt2i.data.images import ImageStore
 from spatialt2i.data.stages import NOT_DRAWN, PROMPT_DROPPED, draw_pairs, judge_pairs, perturb_prompts, write_prompts
@@ -103,8 +100,8 @@ class Shard:
         return ImageStore(self.folder / "images", format=self.config.image_format)
 
 
-def draw_shard(shard: Shard, parts: Parts) -> dict[str, Any]:
-    """Write, perturb and draw the pairs of a shard, as far as that is not done, and return its manifest."""
+def draw_shard(shard: Shard, parts: Parts) -> None:
+    """Write, perturb and draw the pairs of a shard, as far as that is not done."""
     counts: Counter[str] = Counter()
     prompts, drops = write_prompts(parts.writer(), indices=range(shard.start, shard.stop), config=shard.config,
                                    seed=shard.seed)
@@ -117,25 +114,24 @@ def draw_shard(shard: Shard, parts: Parts) -> dict[str, Any]:
                                        "edits": [e.to_json() for e in p.edits]} for p in pairs])
     drawn = _draw(shard, parts, pairs)
     counts.update(f"{NOT_DRAWN}: {why}" for row in drawn.values() if (why := _why(row)))
-    return _manifest(shard, "drawn", counts, {})
+    _finish(shard, "drawn", counts, {})
 
 
-def judge_shard(shard: Shard, parts: Parts) -> dict[str, Any]:
-    """Judge the pictures of a shard that is drawn, as far as that is not done, and return its manifest."""
+def judge_shard(shard: Shard, parts: Parts) -> None:
+    """Judge the pictures of a shard that is drawn, as far as that is not done."""
     parts.generators(())  # they may fill the memory
     pairs, drawn = list(_pairs(shard)), {row["id"]: row for row in read_jsonl(shard.path("drawn"))}
     judged = _judge(shard, parts, [pair for pair in pairs if not _why(drawn[pair.perfect.id])], drawn)
-    return _manifest(shard, "judged", Counter(read_json(shard.manifest("drawn"))["counts"]), {"pairs": [
+    _finish(shard, "judged", Counter(read_json(shard.manifest("drawn"))["counts"]), {"pairs": [
         [scene_key(p.perfect), text_key(p.perfect.text), text_key(p.perturbed.text), _facts(judged.get(p.perfect.id))]
         for p in pairs]})
 
 
-def _manifest(shard: Shard, phase: str, counts: Counter[str], more: dict[str, Any]) -> dict[str, Any]:
+def _finish(shard: Shard, phase: str, counts: Counter[str], more: dict[str, Any]) -> None:
     """Write the file that says that a phase is complete."""
-    manifest = {"made_from": shard.made_from(phase), "counts": dict(sorted(counts.items())),
-                "sha256": {step: file_hash(shard.path(step)) for step in PHASES[phase]}, **more}
-    write_json(shard.manifest(phase), manifest)
-    return manifest
+    write_json(shard.manifest(phase), {
+        "made_from": shard.made_from(phase), "counts": dict(sorted(counts.items())),
+        "sha256": {step: file_hash(shard.path(step)) for step in PHASES[phase]}, **more})
 
 
 def stored(shard: Shard, phase: str) -> dict[str, Any] | None:
@@ -197,12 +193,9 @@ def _whole(images: ImageStore, drawn: dict[str, Any]) -> bool:
 def _judge(shard: Shard, parts: Parts, pairs: Sequence[Pair],
            drawn: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """A row per pair: the verdicts on both pictures, and whether each fits the other prompt too."""
-    def open_image(name: str) -> Image.Image:
-        with Image.open(io.BytesIO(shard.images.read(name))) as image:
-            return image.convert("RGB")
-
     def work(part: Sequence[Pair]) -> Iterator[dict[str, Any]]:
-        images = [tuple(open_image(p["image"]) for p in drawn[pair.perfect.id]["pictures"]) for pair in part]
+        images = [tuple(decode(shard.images.read(p["image"])) for p in drawn[pair.perfect.id]["pictures"])
+                  for pair in part]
         for judgement in judge_pairs(parts.verifier(), part, images):
             yield {"verdicts": [v.to_json() for v in judgement.verdicts], "under_the_other": judgement.crossed}
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from spatialt2i.core.run import seed_of
 from spatialt2i.core.types import Relation
-from spatialt2i.data.consistency import MIDDLES, PLACES
+from spatialt2i.data.consistency import PLACES
 from spatialt2i.data.vocabulary import Scene, thing_of
 
 # Those of one row are aligned, so that an edited relation keeps its phrasing.
